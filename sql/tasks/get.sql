@@ -1,0 +1,20 @@
+-- Shows one task; no row where the user has no such task.
+--
+-- task_id  bigint  which task
+-- user_id  text    whose task (psql: local)
+--
+-- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -f sql/tasks/get.sql "$DATABASE_URL"
+\if :{?user_id} \else \set user_id local \endif
+SELECT
+    id,
+    title,
+    description,
+    completed,
+    user_id,
+    version,
+    created_at,
+    updated_at
+FROM tasks
+WHERE
+    id = :'task_id'::bigint
+    AND user_id = :'user_id'::text;

@@ -1,0 +1,25 @@
+-- Flips a task's completed and shows the task; no row where the user has no such task.
+--
+-- task_id  bigint  which task
+-- user_id  text    whose task (psql: local)
+--
+-- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -f sql/tasks/toggle.sql "$DATABASE_URL"
+\if :{?user_id} \else \set user_id local \endif
+UPDATE tasks
+SET
+    completed = NOT completed,
+    version = version + 1,
+    -- The clock may stand still or go back; updated_at must not.
+    updated_at = greatest(now(), updated_at + interval '1 microsecond')
+WHERE
+    id = :'task_id'::bigint
+    AND user_id = :'user_id'::text
+RETURNING
+    id,
+    title,
+    description,
+    completed,
+    user_id,
+    version,
+    created_at,
+    updated_at;

@@ -1,0 +1,35 @@
+"""The commands: ``flask migrate`` and ``flask psql``; flask-smorest brings ``flask openapi``."""
+
+import signal
+import subprocess
+
+import click
+from flask import Flask
+
+from todo_api import config, database, embedded, startup
+
+
+def init_app(app: Flask, settings: config.Settings) -> None:
+    """Add the commands to ``flask``."""
+
+    @app.cli.command()
+    def migrate() -> None:
+        """Apply the migrations that are not applied yet."""
+        try:
+            startup.prepare(settings)
+        except (config.StartError, database.Unavailable) as error:
+            config.fail(error)
+        click.echo("The database is up to date.")
+
+    @app.cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def psql(arguments: tuple[str, ...]) -> None:
+        """Run psql on the service's database; every argument is psql's."""
+        try:
+            conninfo, password = database.split_password(startup.find(settings))
+        except config.StartError as error:
+            config.fail(error)
+        if password:
+            config.set_libpq_password(password)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is psql's: it cancels a statement there
+        raise SystemExit(subprocess.call([embedded.psql(), "-d", conninfo, *arguments]))

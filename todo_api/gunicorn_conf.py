@@ -1,0 +1,70 @@
+"""gunicorn's settings, for ``python wsgi.py`` and ``gunicorn -c python:todo_api.gunicorn_conf wsgi:app``."""
+
+import errno
+import logging
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import gunicorn.util
+
+from todo_api import middleware, problems, startup
+from todo_api.config import ROOT, fail, load  # not "config", which is one of gunicorn's settings
+
+_settings = load()
+middleware.configure_logging()
+log = logging.getLogger("todo_api")
+
+chdir = str(ROOT)
+bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
+workers = _settings.web_concurrency
+worker_class = "gthread"
+threads = _settings.web_threads
+reuse_port = True  # without it, keep-alive connections often all land on one worker: half the throughput
+keepalive = 75  # seconds; longer than the load balancers in front, which otherwise race with the close
+timeout = 30  # seconds without a sign of life from a worker
+graceful_timeout = 10  # seconds for the requests at work when the service stops
+forwarder_headers = ""  # a SCRIPT_NAME header would change the routing
+control_socket_disable = True
+errorlog = "-"
+loglevel = "warning"  # its "Listening at" names nothing with reuse_port; when_ready says it
+accesslog = None  # our middleware logs each request, with its id
+
+
+def on_starting(_server: Any) -> None:
+    """Make the database ready in the master, before there are workers."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until gunicorn's own: an embedded server is stopped, too
+    _wait_for_port()
+    startup.prepare_or_fail(_settings)
+
+
+def when_ready(_server: Any) -> None:
+    """Say where the service is."""
+    log.info("serving http://%s, its docs at /docs, with %d workers of %d threads", bind, workers, threads)
+
+
+def _wait_for_port() -> None:
+    """Refuse to share a port with a stranger, which reuse_port would do in silence.
+
+    Workers of a service that was just killed may hold it for another second.
+    """
+    deadline = time.monotonic() + 3
+    while True:
+        try:
+            family = socket.AF_INET6 if ":" in _settings.host else socket.AF_INET
+            with socket.create_server((_settings.host, _settings.port), family=family):
+                return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                fail(f"HOST and PORT: can't listen on {bind}: {error.strerror}")
+            time.sleep(0.1)
+
+
+def _write_problem(sock: socket.socket, status: int, reason: str, message: str) -> None:
+    gunicorn.util.write_nonblock(sock, problems.raw_answer(status, reason, message))
+
+
+# gunicorn has no hook for the answer to a request that it can't read, and writes HTML.
+gunicorn.util.write_error = _write_problem

@@ -1,0 +1,114 @@
+"""Reads a request's body as strict JSON (RFC 8259) and hands it to webargs, which has the schema check it."""
+
+import json
+import re
+from typing import Any, ClassVar, NoReturn
+
+from flask import Request
+from gunicorn.http.errors import ParseException
+from marshmallow import RAISE, Schema, ValidationError
+from webargs.flaskparser import FlaskParser
+from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
+
+from todo_api.problems import MalformedRequest, ValidationFailed, violations
+
+JSON = "application/json"
+MERGE_PATCH = "application/merge-patch+json"  # RFC 7396
+
+
+class Parser(FlaskParser):
+    """webargs' parser with strict JSON, unknown query parameters refused, and problems for answers."""
+
+    DEFAULT_VALIDATION_STATUS = 400
+    DEFAULT_UNKNOWN_BY_LOCATION: ClassVar[dict[str, str | None]] = {
+        **FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION,
+        "query": RAISE,
+    }
+
+    def load_json(self, req: Request, schema: Schema) -> Any:  # noqa: ARG002
+        """Give the body's JSON value."""
+        return parse(read(req))
+
+    def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Raise what the schema refused as a problem."""
+        raise ValidationFailed(violations(error.messages)) from error
+
+
+# What a PostgreSQL text cannot hold though JSON can spell it: NUL, and half a surrogate pair.
+_NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+def read(req: Request) -> bytes:
+    """Read a JSON body, whole.
+
+    Raises:
+        UnsupportedMediaType: it is something else than JSON.
+        RequestEntityTooLarge: it is over the limit, chunked or not.
+        MalformedRequest: there is none, or the connection brought less than was announced, or a broken chunk.
+
+    """
+    data = _read_whole(req, req.max_content_length or 0)
+    accepted = [JSON, MERGE_PATCH] if req.method == "PATCH" else [JSON]
+    if not data:
+        raise MalformedRequest("The request has no body; it takes a JSON object")
+    if req.mimetype not in accepted or req.headers.get("Content-Encoding", "identity") != "identity":
+        raise UnsupportedMediaType(f"The body must be {' or '.join(accepted)}, without a Content-Encoding")
+    return data
+
+
+def _read_whole(req: Request, limit: int) -> bytes:
+    # Not through werkzeug's stream: it cuts a chunked body at the limit, and takes a truncated one for whole.
+    length = req.content_length
+    if length is None:
+        # A chunked body, or none; one byte more than the limit tells a full body from one that goes on.
+        length, announced = (limit + 1 if req.environ.get("wsgi.input_terminated") else 0), 0
+    else:
+        announced = length
+    if announced > limit:
+        raise _too_large(limit)
+    try:
+        data: bytes = req.environ["wsgi.input"].read(length)
+    except (OSError, ParseException) as error:
+        raise MalformedRequest("The body did not arrive whole") from error
+    if len(data) > limit:
+        raise _too_large(limit)
+    if len(data) < announced:
+        raise MalformedRequest("The body is shorter than its Content-Length")
+    return data
+
+
+def _too_large(limit: int) -> RequestEntityTooLarge:
+    return RequestEntityTooLarge(f"The body is larger than {limit} bytes")
+
+
+def parse(data: bytes) -> Any:
+    """Parse JSON text, strictly: UTF-8, no NaN, no name twice, nothing that PostgreSQL's text cannot hold.
+
+    Raises:
+        MalformedRequest: it is not that.
+
+    """
+    try:
+        # parse_int: a number is wrong wherever it stands, so it need not be exact, and int() refuses 5000 digits.
+        return json.loads(
+            data.decode(), parse_int=float, parse_constant=_refuse_constant, object_pairs_hook=_checked_object
+        )
+    except RecursionError as error:
+        raise MalformedRequest("The body is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise MalformedRequest("The body is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise MalformedRequest(f"The body is not JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedRequest(f"The body is not JSON: it has {name}")
+
+
+def _checked_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(members)
+    if len(value) < len(members):
+        raise MalformedRequest("The body names a member twice")
+    if any(isinstance(text, str) and _NOT_TEXT.search(text) for member in members for text in member):
+        raise MalformedRequest("The body has a NUL or a lone surrogate in a string")
+    return value

@@ -1,0 +1,148 @@
+"""What comes in and what goes out: marshmallow schemas, which are also the schemas of the OpenAPI document."""
+
+from typing import Any, ClassVar
+
+from marshmallow import RAISE, Schema, ValidationError, fields, validate
+
+TITLE_LENGTH = 200
+DESCRIPTION_LENGTH = 2000
+# What str.isspace() calls white space: Unicode's, and four separators. The table's constraint lists the same.
+_WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+EXAMPLE = {
+    "id": 42,
+    "title": "Buy milk",
+    "description": None,
+    "completed": False,
+    "user_id": "local",
+    "version": 1,
+    "created_at": "2026-01-11T09:30:00.123456+00:00",
+    "updated_at": "2026-01-11T09:30:00.123456+00:00",
+}
+
+
+class StrictBoolean(fields.Boolean):
+    """A JSON boolean: ``"yes"``, ``1`` and ``"true"``, which marshmallow would take, are refused."""
+
+    def _deserialize(self, value: Any, *_args: Any, **_kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+def _not_blank(title: str) -> None:
+    if not title or title.isspace():
+        raise ValidationError("Title must not be empty or only white space")
+
+
+def _title(*, required: bool) -> fields.String:
+    return fields.String(
+        required=required,
+        validate=[
+            validate.Length(max=TITLE_LENGTH, error="Title exceeds maximum length of {max} characters"),
+            _not_blank,
+        ],
+        error_messages={
+            "required": "Title is required",
+            "null": "Title must not be null",
+            "invalid": "Title must be a string",
+        },
+        metadata={
+            "description": "What is to be done; not only white space.",
+            "example": EXAMPLE["title"],
+            "minLength": 1,
+            "pattern": f"[^{_WHITE_SPACE}]",
+        },
+    )
+
+
+class TaskChanges(Schema):
+    """The members of a task that a client may change."""
+
+    class Meta:
+        """Refuse what is not a member."""
+
+        unknown = RAISE
+
+    error_messages: ClassVar[dict[str, str]] = {
+        "unknown": "Not a member that can be sent; these are title, description and completed",
+        "type": "The body must be a JSON object",
+    }
+
+    title = _title(required=False)
+    description = fields.String(
+        allow_none=True,
+        validate=validate.Length(
+            max=DESCRIPTION_LENGTH, error="Description exceeds maximum length of {max} characters"
+        ),
+        error_messages={"invalid": "Description must be a string or null"},
+        metadata={"description": 'More about it. `""` and `null` are different, and both are kept.'},
+    )
+    completed = StrictBoolean(
+        error_messages={"null": "Completed must be true or false", "invalid": "Completed must be true or false"},
+        metadata={"description": "Whether it is done."},
+    )
+
+
+class NewTask(TaskChanges):
+    """A task as a client creates it: only the title is required."""
+
+    title = _title(required=True)
+
+
+class Task(Schema):
+    """A task, always with exactly these members."""
+
+    id = fields.Integer(
+        required=True,
+        metadata={"format": "int64", "minimum": 1, "description": "Given by the database.", "example": 42},
+    )
+    title = fields.String(
+        required=True,
+        metadata={"minLength": 1, "maxLength": TITLE_LENGTH, "description": "What is to be done."},
+    )
+    description = fields.String(
+        required=True,
+        allow_none=True,
+        metadata={"maxLength": DESCRIPTION_LENGTH, "description": "More about it."},
+    )
+    completed = fields.Boolean(required=True, metadata={"description": "Whether it is done."})
+    user_id = fields.String(required=True, metadata={"description": "Whose task it is."})
+    version = fields.Integer(
+        required=True,
+        metadata={"format": "int64", "minimum": 1, "description": "Starts at 1 and grows by 1 with each change."},
+    )
+    created_at = fields.DateTime(required=True, metadata={"description": "RFC 3339, in UTC."})
+    updated_at = fields.DateTime(
+        required=True, metadata={"description": "RFC 3339, in UTC; strictly increases with each change."}
+    )
+
+
+class TaskQuery(Schema):
+    """The query of the list: it takes no parameter yet."""
+
+    class Meta:
+        """Refuse what is not a parameter."""
+
+        unknown = RAISE
+
+    error_messages: ClassVar[dict[str, str]] = {"unknown": "Unknown parameter"}
+
+
+class Violation(Schema):
+    """One thing that is wrong with a request."""
+
+    pointer = fields.String(metadata={"description": "Where in the body (a JSON Pointer, RFC 6901)."})
+    parameter = fields.String(metadata={"description": "Which query parameter."})
+    detail = fields.String(required=True, metadata={"description": "What is wrong with it."})
+
+
+class Problem(Schema):
+    """Why a request failed (RFC 9457)."""
+
+    type = fields.String(required=True, metadata={"description": "Which kind of problem: for programs."})
+    title = fields.String(required=True, metadata={"description": "Its name: for people."})
+    status = fields.Integer(required=True, metadata={"description": "The HTTP status."})
+    detail = fields.String(required=True, metadata={"description": "What happened here."})
+    instance = fields.String(required=True, metadata={"description": "The path that was asked for."})
+    errors = fields.List(fields.Nested(Violation), metadata={"description": "Every field or parameter that is wrong."})

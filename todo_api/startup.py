@@ -1,0 +1,42 @@
+"""What has to be so before the first statement: a PostgreSQL that runs, with its migrations applied."""
+
+import logging
+import threading
+
+from todo_api import config, database, embedded, migrations
+from todo_api.config import Settings
+
+log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_prepared: dict[Settings, str] = {}
+
+
+def prepare(settings: Settings) -> str:
+    """Make the database ready, once in this process and those forked from it, and give its connection string.
+
+    Raises:
+        StartError: it can't be made ready: a person has to do something.
+        database.Unavailable: it can't be reached now: try again later.
+
+    """
+    with _lock:
+        if settings not in _prepared:
+            conninfo = find(settings)
+            migrations.apply(conninfo)
+            _prepared[settings] = conninfo
+        return _prepared[settings]
+
+
+def find(settings: Settings) -> str:
+    """Give the connection string of the service's database; the embedded one is started if it is not running."""
+    return settings.database_url or embedded.start(settings.data_dir)
+
+
+def prepare_or_fail(settings: Settings) -> None:
+    """Make the database ready at the start; one that can't be reached is waited for while the service answers 503."""
+    try:
+        prepare(settings)
+    except config.StartError as error:
+        config.fail(error)
+    except database.Unavailable as error:
+        log.warning("the database can't be reached yet: %s", str(error).partition("\n")[0])
