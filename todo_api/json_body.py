@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from flask import Request
 from gunicorn.http.errors import ParseException
@@ -20,18 +20,18 @@ class Parser(FlaskParser):
     """webargs' parser with strict JSON, unknown query parameters refused, and problems for answers."""
 
     DEFAULT_VALIDATION_STATUS = 400
-    DEFAULT_UNKNOWN_BY_LOCATION: ClassVar[dict[str, str | None]] = {
+    DEFAULT_UNKNOWN_BY_LOCATION = {
         **FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION,
         "query": RAISE,
     }
 
-    def load_json(self, req: Request, schema: Schema) -> Any:  # noqa: ARG002
+    def load_json(self, req: Request, _schema: Schema) -> Any:
         """Give the body's JSON value."""
         return parse(read(req))
 
     def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Raise what the schema refused as a problem."""
-        raise ValidationFailed(violations(error.messages)) from error
+        raise ValidationFailed(violations(error.messages_dict)) from error
 
 
 # What a PostgreSQL text cannot hold though JSON can spell it: NUL, and half a surrogate pair.

@@ -1,6 +1,6 @@
 """What comes in and what goes out: marshmallow schemas, which are also the schemas of the OpenAPI document."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
@@ -64,7 +64,7 @@ class TaskChanges(Schema):
 
         unknown = RAISE
 
-    error_messages: ClassVar[dict[str, str]] = {
+    error_messages = {
         "unknown": "Not a member that can be sent; these are title, description and completed",
         "type": "The body must be a JSON object",
     }
@@ -126,7 +126,7 @@ class TaskQuery(Schema):
 
         unknown = RAISE
 
-    error_messages: ClassVar[dict[str, str]] = {"unknown": "Unknown parameter"}
+    error_messages = {"unknown": "Unknown parameter"}
 
 
 class Violation(Schema):

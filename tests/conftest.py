@@ -1,0 +1,185 @@
+"""What the tests share: a real service on a real PostgreSQL, and ways to look at both.
+
+The database is an embedded one in a temporary folder, or the one that TEST_DATABASE_URL names, whose tasks are deleted.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from psycopg.rows import TupleRow
+
+from todo_api import embedded
+
+ROOT = Path(__file__).resolve().parent.parent
+PSQLS = sorted({str(embedded.BIN / "psql"), *filter(None, [shutil.which("psql")])})
+START_TIMEOUT = 60  # seconds; far more than a start takes, so that a busy machine fails no test
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """Give the environment for a command: this one without the service's settings and libpq's, then ``settings``."""
+    ours = ("DATABASE_URL", "DATA_DIR", "HOST", "PORT", "WEB_CONCURRENCY", "WEB_THREADS", "USER_ID", "MAX_BODY_BYTES")
+    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
+    return kept | {name: str(value) for name, value in settings.items()}
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_until(what: Callable[[], bool], *, timeout: float = START_TIMEOUT) -> None:
+    """Wait until something holds, and fail if it never does."""
+    deadline = time.monotonic() + timeout
+    while not what():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+class Service:
+    """A running ``python wsgi.py``, or another command that serves the application on PORT."""
+
+    def __init__(self, log: Path, command: list[str] | None = None, **options: Any) -> None:
+        """Start it; ``options`` are settings, and ``cwd`` and ``prefix`` for the process."""
+        self.log_file = log
+        cwd = options.pop("cwd", ROOT)
+        prefix = options.pop("prefix", [])
+        self.port = options.setdefault("PORT", free_port())
+        self.url = f"http://127.0.0.1:{self.port}"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*prefix, *(command or [sys.executable, "wsgi.py"])],
+                cwd=cwd,
+                env=environment(**options),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+    def log(self) -> str:
+        """Read what it has logged so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def answers(self, path: str = "/readyz") -> bool:
+        """Say whether it answers a GET with 200."""
+        try:
+            return self.client.get(path).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def wait(self) -> "Service":
+        """Wait until it can reach its database."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.answers():
+            assert self.process.poll() is None, f"the service ended:\n{self.log()}"
+            assert time.monotonic() < deadline, f"the service did not get ready:\n{self.log()}"
+            time.sleep(0.02)
+        return self
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
+        """Send the master a signal, wait for its end and give its exit status."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        """SIGKILL the whole process group: the master and its workers."""
+        self.client.close()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def conninfo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Give the connection string of the tests' database."""
+    return os.environ.get("TEST_DATABASE_URL") or embedded.start(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def database_url(conninfo: str) -> str:
+    """Give the tests' database as a URL, the form that DATABASE_URL takes."""
+    if "://" in conninfo:
+        return conninfo
+    parts = psycopg.conninfo.conninfo_to_dict(conninfo)
+    return f"postgresql://{parts['user']}@/{parts['dbname']}?host={parts['host']}&port={parts['port']}"
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[Service]:
+    """Run the service for the whole session."""
+    running = Service(tmp_path_factory.mktemp("service") / "log", DATABASE_URL=database_url).wait()
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx.Client]:
+    """Give an HTTP client of the service."""
+    with httpx.Client(base_url=service.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def db(service: Service, conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:  # noqa: ARG001
+    """Give a connection to the service's database, which holds no tasks."""
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute("DELETE FROM tasks")
+        yield connection
+
+
+Create = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def create(client: httpx.Client) -> Create:
+    """Give a function that creates a task and returns it."""
+
+    def create(title: str = "Buy milk", **members: Any) -> dict[str, Any]:
+        response = client.post("/api/tasks", json={"title": title, **members})
+        assert response.status_code == httpx.codes.CREATED, response.text
+        task: dict[str, Any] = response.json()
+        return task
+
+    return create
+
+
+def assert_problem(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    """Check that an answer is the problem that SPEC describes, and give its members."""
+    assert (response.status_code, response.headers["Content-Type"]) == (status, "application/problem+json")
+    problem: dict[str, Any] = response.json()
+    assert problem["type"] == kind
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    assert set(problem) - {"errors"} == {"type", "title", "status", "detail", "instance"}
+    return problem
+
+
+def run_psql(
+    conninfo: str, file: str, variables: Mapping[str, object], *, psql: str = PSQLS[0], arguments: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run a .sql file as the README says."""
+    assigned = [f"--set={name}={value}" for name, value in variables.items()]
+    return subprocess.run(
+        [psql, "-X", "-v", "ON_ERROR_STOP=1", *assigned, *arguments, "-f", file, conninfo],
+        cwd=ROOT,
+        env=environment(PGTZ="UTC"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
