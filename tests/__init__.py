@@ -1,0 +1,1 @@
+"""The tests; the README has the command that runs them."""

@@ -68,7 +68,7 @@ class Service:
                 stderr=output,
                 start_new_session=True,
             )
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
 
     def log(self) -> str:
         """Read what it has logged so far."""
@@ -127,11 +127,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iter
     assert running.stop() == 0
 
 
-@pytest.fixture
-def client(service: Service) -> Iterator[httpx.Client]:
+@pytest.fixture(scope="session")
+def client(service: Service) -> httpx.Client:
     """Give an HTTP client of the service."""
-    with httpx.Client(base_url=service.url, timeout=30) as client:
-        yield client
+    return service.client
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ def _wait_for_port() -> None:
             time.sleep(0.1)
 
 
-def _write_problem(sock: socket.socket, status: int, reason: str, message: str) -> None:
-    gunicorn.util.write_nonblock(sock, problems.raw_answer(status, reason, message))
+def _write_problem(sock: socket.socket, status: int, reason: str, _message: str) -> None:
+    gunicorn.util.write_nonblock(sock, problems.raw_answer(status, reason))
 
 
 # gunicorn has no hook for the answer to a request that it can't read, and writes HTML.

@@ -63,7 +63,7 @@ def violations(messages: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         ({"parameter": name} if location == "query" else {"pointer": _pointer(name)}) | {"detail": detail}
         for location, names in messages.items()
-        for name, details in names.items()
+        for name, details in sorted(names.items())  # marshmallow lists unknown names in no order
         for detail in details
     ]
 
@@ -126,12 +126,16 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(psycopg.Error, answer_database_error)
 
 
-def raw_answer(status: int, reason: str, detail: str) -> bytes:
+def raw_answer(status: int, reason: str) -> bytes:
     """Write a whole HTTP answer for a request that gunicorn could not read, so that no application ever saw it."""
-    kind = "malformed_request" if status == http.HTTPStatus.BAD_REQUEST else reason.lower().replace(" ", "_")
-    content = json.dumps(body(status, kind, detail or reason, "")).encode()
-    head = (
-        f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: {MEDIA_TYPE}\r\n"
-        f"Content-Length: {len(content)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {uuid.uuid4().hex}\r\n\r\n"
-    )
-    return head.encode("ascii") + content
+    kind, detail = KINDS.get(status, (reason.lower().replace(" ", "_"), reason))
+    content = json.dumps(body(status, kind, detail, "")).encode()
+    head = {
+        "Connection": "close",
+        "Content-Type": MEDIA_TYPE,
+        "Content-Length": len(content),
+        "X-Content-Type-Options": "nosniff",
+        "X-Request-ID": uuid.uuid4().hex,
+    }
+    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in head.items()), "", ""]
+    return "\r\n".join(lines).encode("ascii") + content

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from flask import Flask, Response, abort, url_for
-from werkzeug.routing import BaseConverter, ValidationError
+from werkzeug.routing import BaseConverter
 
 from todo_api import database
 from todo_api.docs import Api, Blueprint, documented
@@ -13,6 +13,7 @@ from todo_api.json_body import MERGE_PATCH
 from todo_api.schemas import EXAMPLE, NewTask, Task, TaskChanges, TaskQuery
 
 LIST_LIMIT = 10_000
+NO_SUCH_TASK = "No such task"
 _LOCATION = {"description": "Where the task is.", "schema": {"type": "string", "format": "uri-reference"}}
 _LARGEST_ID = 2**63 - 1  # PostgreSQL's bigint
 
@@ -26,10 +27,8 @@ class TaskId(BaseConverter):
 
     def to_python(self, value: str) -> int:
         """Refuse what no bigint holds."""
-        task_id = int(value)
-        if task_id > _LARGEST_ID:
-            raise ValidationError
-        return task_id
+        # A ValidationError would let werkzeug go on to other methods' rules, and end in a 405.
+        return task_id if (task_id := int(value)) <= _LARGEST_ID else abort(404, NO_SUCH_TASK)
 
 
 def init_app(app: Flask, api: Api) -> None:
@@ -40,7 +39,7 @@ def init_app(app: Flask, api: Api) -> None:
 
 
 def _one(task: bytes | None, status: int = 200) -> Response:
-    return Response(task or abort(404, "No such task"), status, mimetype="application/json")
+    return Response(task or abort(404, NO_SUCH_TASK), status, mimetype="application/json")
 
 
 @blueprint.route("")

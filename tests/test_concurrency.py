@@ -1,0 +1,64 @@
+"""What races in SQL is decided by SQL: nothing is lost, however many act at once."""
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psycopg
+from psycopg.rows import TupleRow
+
+from .conftest import Create, Service
+
+
+def at_once(service: Service, count: int, call: Callable[[httpx.Client, int], httpx.Response]) -> list[httpx.Response]:
+    """Make calls at the same time, each over a connection of its own."""
+
+    def one(number: int) -> httpx.Response:
+        with httpx.Client(base_url=service.url, timeout=60, verify=False) as client:
+            return call(client, number)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(one, range(count)))
+
+
+def test_101_toggles_at_once_all_count(service: Service, client: httpx.Client, create: Create) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    responses = at_once(service, 101, lambda client, _: client.post(f"{path}/toggle"))
+    assert Counter(response.status_code for response in responses) == {200: 101}
+    task = client.get(path).json()
+    assert (task["completed"], task["version"]) == (True, 102)
+    by_version = sorted((response.json() for response in responses), key=lambda task: int(task["version"]))
+    assert [task["version"] for task in by_version] == list(range(2, 103))
+    assert [task["completed"] for task in by_version] == [True, False] * 50 + [True]
+    times = [task["updated_at"] for task in by_version]
+    assert times == sorted(set(times))
+
+
+def test_100_creates_at_once_make_100_tasks(
+    service: Service, client: httpx.Client, db: psycopg.Connection[TupleRow]
+) -> None:
+    responses = at_once(service, 100, lambda client, n: client.post("/api/tasks", json={"title": f"task {n}"}))
+    assert Counter(response.status_code for response in responses) == {201: 100}
+    assert len({response.json()["id"] for response in responses}) == 100
+    titles = Counter(task["title"] for task in client.get("/api/tasks").json())
+    assert titles == Counter(f"task {n}" for n in range(100))
+    assert db.execute("SELECT count(*) FROM tasks").fetchone() == (100,)
+
+
+def test_patches_of_different_members_at_once_do_not_undo_one_another(
+    service: Service, client: httpx.Client, create: Create
+) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    changes = [{"title": "changed"}, {"description": "changed"}, {"completed": True}] * 20
+    responses = at_once(service, 60, lambda client, n: client.patch(path, json=changes[n]))
+    assert Counter(response.status_code for response in responses) == {200: 60}
+    task = client.get(path).json()
+    assert (task["title"], task["description"], task["completed"]) == ("changed", "changed", True)
+    assert task["version"] == 4  # three changes; the other patches found their member as they wanted it
+
+
+def test_of_50_deletes_at_once_one_gets_the_task(service: Service, create: Create) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    responses = at_once(service, 50, lambda client, _: client.delete(path))
+    assert Counter(response.status_code for response in responses) == {200: 1, 404: 49}
