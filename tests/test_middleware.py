@@ -15,9 +15,9 @@ def test_a_sane_request_id_comes_back_and_is_in_the_log(client: httpx.Client, se
     assert re.search(rf"GET /api/tasks/1/nope 404 [\d.]+ms {re.escape(given)}$", service.log(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("given", [None, "", "a" * 129, "two words", 'quo"te', "new\tline", "<b>", "\u00e9".encode()])
-def test_another_request_id_is_replaced(client: httpx.Client, given: str | bytes | None) -> None:
-    headers = {} if given is None else {"X-Request-ID": given}
+@pytest.mark.parametrize("given", [None, b"", b"a" * 129, b"two words", b'quo"te', b"new\tline", b"<b>", b"\xc3\xa9"])
+def test_another_request_id_is_replaced(client: httpx.Client, given: bytes | None) -> None:
+    headers = {} if given is None else {b"X-Request-ID": given}
     ids = {client.get("/healthz", headers=headers).headers["X-Request-ID"] for _ in range(2)}
     assert len(ids) == 2
     assert all(re.fullmatch(r"[0-9a-f]{32}", new) for new in ids)

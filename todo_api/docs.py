@@ -45,7 +45,6 @@ _SCRIPT = """SwaggerUIBundle({
 
 _INFO = {
     "description": "Tasks over PostgreSQL. Every failure is an `application/problem+json` answer (RFC 9457).",
-    "license": {"name": "MIT", "identifier": "MIT"},
 }
 
 pages = FlaskBlueprint("docs", __name__)
@@ -89,6 +88,7 @@ def init_app(app: Flask) -> Api:
         OPENAPI_JSON_PATH="openapi.json",
     )
     api = Api(app, spec_kwargs={"info": _INFO, "servers": [{"url": "/"}]})
+    api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest's, whether used or not
     for status, (kind, detail) in problems.KINDS.items():
         api.spec.components.response(kind, _failure(status, kind, detail), lazy=True)
     app.register_blueprint(pages)

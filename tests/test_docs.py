@@ -1,0 +1,115 @@
+"""The OpenAPI document says what the service does, and its page needs nothing from elsewhere."""
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from .conftest import ROOT, Service
+
+CALLS = {
+    ("get", "/api/tasks"): {200, 400, 500, 503},
+    ("post", "/api/tasks"): {201, 400, 413, 415, 500, 503},
+    ("get", "/api/tasks/{task_id}"): {200, 404, 500, 503},
+    ("patch", "/api/tasks/{task_id}"): {200, 400, 404, 413, 415, 500, 503},
+    ("delete", "/api/tasks/{task_id}"): {200, 404, 500, 503},
+    ("post", "/api/tasks/{task_id}/toggle"): {200, 404, 500, 503},
+}
+ASSETS = ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js", "docs/favicon-32x32.png", "docs/page.js"]
+
+
+@pytest.fixture(scope="module")
+def document(service: Service) -> dict[str, Any]:
+    """Give the OpenAPI document."""
+    response = service.client.get("/openapi.json")
+    assert (response.status_code, response.headers["Content-Type"]) == (200, "application/json")
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def resolve(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """Follow a reference."""
+    for name in node["$ref"].removeprefix("#/").split("/") if "$ref" in node else []:
+        document = document[name]
+    return document if "$ref" in node else node
+
+
+def test_every_call_is_documented_with_every_success_and_failure(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1.")
+    documented = {
+        (method, path): {int(status) for status in operation["responses"]}
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+        if method != "parameters"
+    }
+    assert documented == CALLS
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+def test_each_answer_has_its_media_type_a_schema_and_an_example(
+    document: dict[str, Any], method: str, path: str
+) -> None:
+    for status, response in document["paths"][path][method]["responses"].items():
+        content = resolve(document, response)["content"]
+        assert list(content) == ["application/json" if int(status) < 400 else "application/problem+json"]
+        (answer,) = content.values()
+        schema = resolve(document, answer["schema"].get("items", answer["schema"]))
+        examples = [example["value"] for example in answer.get("examples", {}).values()] or [answer["example"]]
+        for example in examples if answer["schema"].get("type") != "array" else examples[0]:
+            assert set(schema["required"]) <= set(example) <= set(schema["properties"])
+
+
+def test_the_documented_headers_are_there(document: dict[str, Any]) -> None:
+    assert "Location" in document["paths"]["/api/tasks"]["post"]["responses"]["201"]["headers"]
+    assert "Retry-After" in document["components"]["responses"]["database_unavailable"]["headers"]
+
+
+def test_bodies_are_documented_with_both_media_types_of_a_patch(document: dict[str, Any]) -> None:
+    patch = document["paths"]["/api/tasks/{task_id}"]["patch"]["requestBody"]
+    assert set(patch["content"]) == {"application/json", "application/merge-patch+json"}
+    assert list(document["paths"]["/api/tasks"]["post"]["requestBody"]["content"]) == ["application/json"]
+
+
+def test_the_documented_pattern_is_the_rule_that_is_enforced(document: dict[str, Any]) -> None:
+    pattern = document["components"]["schemas"]["NewTask"]["properties"]["title"]["pattern"]
+    for code in range(0x3100):
+        assert bool(re.search(pattern, chr(code))) != chr(code).isspace(), hex(code)
+
+
+def test_the_description_may_be_null_and_nothing_else_may(document: dict[str, Any]) -> None:
+    for name in ("Task", "NewTask", "TaskChanges"):
+        properties = document["components"]["schemas"][name]["properties"]
+        nullable = {member for member, schema in properties.items() if "null" in schema["type"]}
+        assert nullable == {"description"}
+
+
+def test_the_root_leads_to_the_page(client: httpx.Client) -> None:
+    for path in ("/", "/docs/"):
+        response = client.get(path)
+        assert (response.status_code, response.headers["Location"]) == (302, "/docs")
+
+
+def test_the_page_and_its_files_come_from_the_service_alone(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    links = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert sorted(links) == sorted([*ASSETS, "openapi.json"])
+    for link in links:
+        assert client.get(f"/{link}").status_code == 200
+    assert "//" not in page.text.replace("<!doctype html>", "")
+    assert "openapi.json" in client.get("/docs/page.js").text
+
+
+def test_the_page_lets_the_browser_load_from_nowhere_else(client: httpx.Client) -> None:
+    policy = dict(
+        part.strip().split(" ", 1) for part in client.get("/docs").headers["Content-Security-Policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+
+
+@pytest.mark.parametrize("name", ["../flask_swagger_ui.py", "..%2fflask_swagger_ui.py", "%2e%2e/x", "/etc/passwd"])
+def test_the_page_serves_no_other_file(client: httpx.Client, name: str) -> None:
+    assert client.get(f"/docs/{name}").status_code == 404
+    assert (ROOT / "todo_api").exists()

@@ -1,0 +1,126 @@
+"""The README is true: its commands run as they stand, in a fresh copy, in a folder with a space in its name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from todo_api import embedded, problems
+from todo_api.config import Settings
+
+from .conftest import ROOT, Service, free_port
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [block.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+RUN, TEST, *EXAMPLES = BLOCKS
+
+
+def examples(word: str) -> list[str]:
+    """Give the examples that begin with a word."""
+    return [block for block in EXAMPLES if block.startswith(word)]
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """Copy the files that git knows, as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
+    """Run the README's first command in a copy of the project, with next to nothing in the environment."""
+    folder = tmp_path_factory.mktemp("readme")
+    project = copy_of_the_project(folder / "a clone")
+    bare = ["env", "-i", f"PATH={os.environ['PATH']}", f"PORT={(port := free_port())}"]
+    service = Service(folder / "log", ["sh", "-c", RUN], cwd=project, prefix=bare, PORT=port).wait()
+    yield service, project
+    service.client.close()
+    (master,) = psutil.Process(service.process.pid).children()
+    master.terminate()
+    assert service.process.wait(timeout=60) == 0
+
+
+def run(service: Service, project: Path, script: str) -> str:
+    """Run a script in the project, and give what it prints; a command in it that fails fails the test."""
+    database_url = make_conninfo("", host=str(project / ".data" / "postgres"), user="todo", dbname="todo")
+    # The README's port is 8000, which may be taken on the machine that tests.
+    done = subprocess.run(
+        ["sh", "-e", "-c", script.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")],
+        cwd=project,
+        env={"PATH": f"{os.environ['PATH']}:{embedded.BIN}", "DATABASE_URL": database_url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_screen_says_what_it_is_and_gives_the_two_commands() -> None:
+    screen = "\n".join(README.splitlines()[:25])
+    assert RUN in screen
+    assert TEST in screen
+    assert RUN.endswith("python wsgi.py")
+    assert TEST.endswith("pytest")
+
+
+def test_the_curl_examples_run_one_after_the_other(running: tuple[Service, Path]) -> None:
+    variables, create, others, refused = [*examples("TASKS="), *examples("curl")]
+    created = run(*running, f"{variables}\n{create}")
+    assert created.startswith("HTTP/1.1 201 CREATED")
+    assert "Location: /api/tasks/1" in created
+    answers = run(*running, f"{variables}\n{others}").replace("}{", "}\n{").replace("]{", "]\n{").splitlines()
+    assert len(answers) == 5
+    assert answers[0].startswith("[{")
+    assert all('"title":"Buy milk"' in answer for answer in answers)
+    assert '"completed":true' in answers[-1]
+    problem = run(*running, f"{variables}\n{refused}")
+    shown = re.search(r"```json\n(.*?)```", README, re.DOTALL)
+    assert shown
+    assert json.loads(problem) == json.loads(shown[1])
+
+
+def test_the_psql_examples_run_beside_the_service(running: tuple[Service, Path]) -> None:
+    (psql,) = examples("psql")
+    assert "Buy milk" in run(*running, psql)
+    (flask_psql,) = examples(".venv/bin/flask psql")
+    printed = run(*running, flask_psql)
+    assert "two litres" in printed
+    assert "count" in printed
+
+
+def test_the_url_example_starts_the_service() -> None:
+    (start,) = examples("DATABASE_URL=")
+    assert start.endswith("python wsgi.py")
+
+
+def test_the_tables_have_every_setting_and_every_problem() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("| ")]
+    settings = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row.split("|")[1])}
+    assert settings == {name.upper() for name in Settings.__dataclass_fields__}
+    listed = {(int(status), kind) for status, kind in re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)}
+    known = {(status, kind) for status, (kind, _) in problems.KINDS.items() if status not in {412, 422}}
+    assert listed == known | {(400, "validation_error")}
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
