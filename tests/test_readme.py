@@ -7,10 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from todo_api import embedded, problems
 from todo_api.config import Settings
@@ -59,7 +59,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service,
 
 def run(service: Service, project: Path, script: str) -> str:
     """Run a script in the project, and give what it prints; a command in it that fails fails the test."""
-    database_url = make_conninfo("", host=str(project / ".data" / "postgres"), user="todo", dbname="todo")
+    database_url = f"postgresql://todo@/todo?host={quote(str(project / '.data' / 'postgres'), safe='')}"
     # The README's port is 8000, which may be taken on the machine that tests.
     done = subprocess.run(
         ["sh", "-e", "-c", script.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")],
