@@ -54,7 +54,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run a service whose table lost a column, so that its statements meet a bug."""
     data_dir = tmp_path_factory.mktemp("broken")
     service = Service(data_dir / "log", DATA_DIR=data_dir / "data").wait()
-    with psycopg.connect(make_conninfo("", host=str(data_dir / "data" / "postgres"), user="todo", dbname="todo")) as db:
+    with psycopg.connect(
+        make_conninfo("", host=str(data_dir / "data" / "postgres"), port=5432, user="todo", dbname="todo")
+    ) as db:
         db.execute("ALTER TABLE tasks RENAME COLUMN completed TO done")
     yield service
     assert service.stop() == 0
