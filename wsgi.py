@@ -1,13 +1,15 @@
 """The WSGI application; run as a program it becomes gunicorn with the settings of todo_api/gunicorn_conf.py."""
 
-import os
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":
-    os.chdir(Path(__file__).resolve().parent)
-    gunicorn = [sys.executable, "-m", "gunicorn", "-c", "python:todo_api.gunicorn_conf", "wsgi:app"]
-    os.execv(sys.executable, [*gunicorn, *sys.argv[1:]])
+    from todo_api import config
+
+    config.load()  # first: gunicorn reads WEB_CONCURRENCY, too, and where that is no number it ends with a traceback
+    from gunicorn.app import wsgiapp
+
+    sys.argv[1:1] = ["-c", "python:todo_api.gunicorn_conf", "wsgi:app"]
+    sys.exit(wsgiapp.run(prog="gunicorn"))
 
 from todo_api import create_app
 

@@ -10,13 +10,18 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import psycopg
 import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
 from todo_api import embedded
@@ -104,6 +109,35 @@ class Service:
         self.process.wait(timeout=60)
 
 
+def servers_in(folder: Path) -> list[psutil.Process]:
+    """Find the PostgreSQL processes that run on a cluster in a folder."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cwd"])
+        if process.info["name"] == "postgres" and Path(process.info["cwd"] or "/").is_relative_to(folder.resolve())
+    ]
+
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Give a function that starts a service; whatever the test leaves running in its folder is ended after it."""
+    started: list[Service] = []
+
+    def start(**options: Any) -> Service:
+        started.append(Service(tmp_path / f"log{len(started)}", **{"WEB_CONCURRENCY": 1, **options}))
+        return started[-1]
+
+    yield start
+    for service in started:
+        if service.process.poll() is None:
+            service.kill()
+    for process in servers_in(tmp_path):
+        process.kill()
+
+
 @pytest.fixture(scope="session")
 def conninfo(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Give the connection string of the tests' database."""
@@ -115,8 +149,23 @@ def database_url(conninfo: str) -> str:
     """Give the tests' database as a URL, the form that DATABASE_URL takes."""
     if "://" in conninfo:
         return conninfo
-    parts = psycopg.conninfo.conninfo_to_dict(conninfo)
+    parts = conninfo_to_dict(conninfo)
     return f"postgresql://{parts['user']}@/{parts['dbname']}?host={parts['host']}&port={parts['port']}"
+
+
+@contextmanager
+def new_database(conninfo: str) -> Iterator[str]:
+    """Make an empty database beside the tests' one, owned by the same role, and drop it in the end."""
+    name = f"todo_test_{uuid.uuid4().hex}"
+    role = conninfo_to_dict(conninfo)["user"]
+    # The embedded server's role may not create databases; the role of TEST_DATABASE_URL must.
+    admin = conninfo if os.environ.get("TEST_DATABASE_URL") else make_conninfo(conninfo, user="postgres")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(
+            sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(str(role)))
+        )
+        yield make_conninfo(conninfo, dbname=name)
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture(scope="session")

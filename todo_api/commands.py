@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 
 import click
 from flask import Flask
@@ -15,6 +16,7 @@ def init_app(app: Flask, settings: config.Settings) -> None:
     @app.cli.command()
     def migrate() -> None:
         """Apply the migrations that are not applied yet."""
+        _leave_in_order()
         try:
             startup.prepare(settings)
         except (config.StartError, database.Unavailable) as error:
@@ -25,6 +27,7 @@ def init_app(app: Flask, settings: config.Settings) -> None:
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def psql(arguments: tuple[str, ...]) -> None:
         """Run psql on the service's database; every argument is psql's."""
+        _leave_in_order()
         try:
             conninfo, password = database.split_password(startup.find(settings))
         except config.StartError as error:
@@ -33,3 +36,9 @@ def init_app(app: Flask, settings: config.Settings) -> None:
             config.set_libpq_password(password)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is psql's: it cancels a statement there
         raise SystemExit(subprocess.call([embedded.psql(), "-d", conninfo, *arguments]))
+
+
+def _leave_in_order() -> None:
+    """Let a closed terminal or a SIGTERM end the command as its last line does: an embedded server is stopped."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))  # the status that shells give it

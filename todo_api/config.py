@@ -1,8 +1,10 @@
 """The settings, read from the environment (and .env) and checked once; nothing else reads the environment."""
 
 import os
+import re
 import sys
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,7 +34,7 @@ class StartError(Exception):
 
 def fail(reason: object) -> NoReturn:
     """End the start with one line on standard error."""
-    sys.stderr.write(f"todo_api: {reason}\n")
+    sys.stderr.write(f"todo_api: {' '.join(str(reason).split())}\n")
     # gunicorn's own status for a worker that can't boot: its master then ends too, and does not try for ever.
     raise SystemExit(3)
 
@@ -43,6 +45,8 @@ def load() -> Settings:
         return _read()
     except EnvError as error:
         fail(error)
+    except (OSError, ValueError) as error:
+        fail(f"{ROOT / '.env'} can't be read: {error}")
 
 
 def _read() -> Settings:
@@ -55,21 +59,49 @@ def _read() -> Settings:
     # connects: that costs no statement, and poolers in transaction mode let it pass.
     os.environ["PGTZ"] = "UTC"
     return Settings(
-        database_url=env.str("DATABASE_URL", Settings.database_url, validate=_is_a_database_url),
+        database_url=env.str("DATABASE_URL", Settings.database_url, validate=_is_database_url),
         # Relative to the project, not to the folder that the command happens to be typed in.
-        data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir).expanduser(),
-        host=env.str("HOST", Settings.host),
+        data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_has_home).expanduser(),
+        host=env.str("HOST", Settings.host, validate=_is_address),
         port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=validate.Range(1, 256)),
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=validate.Range(1, 256)),
-        user_id=env.str("USER_ID", Settings.user_id, validate=validate.Length(1, 255)),
+        user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _is_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
     )
 
 
-def _is_a_database_url(url: str) -> None:
-    if not url.startswith(("postgresql://", "postgres://")):
-        raise ValidationError("it must start with postgresql://")  # not shown: it may hold a password
+# What libpq takes, without that for which its own message would show the password: a stray @, / or % in it, or brackets
+# that hold no IPv6 address.
+_CHARACTER = r"(?:[^][@/?%\s\ud800-\udfff]|%(?!00)[0-9A-Fa-f]{2})"
+_DATABASE_URL = re.compile(
+    rf"postgres(ql)?://(({_CHARACTER}|[][?])*@)?(\[[0-9A-Fa-f:.]+\](?=[:,/?]|$)|{_CHARACTER})*([/?]({_CHARACTER}|[][/?])*)?"
+)
+
+
+def _is_database_url(url: str) -> None:
+    if not _DATABASE_URL.fullmatch(url):
+        # It is not shown, since it may hold a password.
+        raise ValidationError("It must be like postgresql://user:password@host/name, with %40 for @ in a password.")
+
+
+def _is_address(host: str) -> None:
+    try:
+        ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError as error:
+        raise ValidationError("It must be an IP address, such as 127.0.0.1, 0.0.0.0 or ::.") from error
+
+
+def _has_home(path: Path) -> None:
+    try:
+        path.expanduser()
+    except RuntimeError as error:  # ~ of nobody known
+        raise ValidationError(f"{error}") from error
+
+
+def _is_text(text: str) -> None:
+    if not text.isprintable():
+        raise ValidationError("It must be printable text, in UTF-8.")
 
 
 def _default_concurrency() -> int:

