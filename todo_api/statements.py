@@ -1,8 +1,8 @@
 """Turns the files in sql/, which psql runs unchanged, into statements for psycopg.
 
 A file holds one statement. ``:'name'::type`` in it is psql's quoted variable; here it becomes a bound parameter, never
-text. Lines that start with a backslash give psql its defaults and are left out. Everything else that psql would replace
-(``:name``, ``:"name"``) is refused when the file is loaded, not when somebody calls it.
+text. Lines that start with a backslash, before the statement, give psql its defaults and are left out. Whatever else
+psql would replace or might read differently is refused when the file is loaded, not when somebody calls it.
 """
 
 import re
@@ -12,19 +12,37 @@ from pathlib import Path
 SQL = Path(__file__).resolve().parent.parent / "sql"
 MIGRATIONS = SQL / "migrations"
 
+# The rules are those of psql's own lexer, src/fe_utils/psqlscan.l in PostgreSQL's sources, where *+ keeps "no going
+# back" as flex does. What these few lines do not cover (nested comments, a string without an end, ...) is refused.
+_COMMENT = r"(?: --[^\n\r]* | /\*(?:(?!/\*).)*?\*/ )"
+_BLANK = rf"(?: \s | {_COMMENT} )"
+_NOT_IN_A_NAME = r"(?<![\w$\x80-\U0010ffff])"  # in type'…' and a$b$ the e and the $ belong to the name
+_FLAGS = re.VERBOSE | re.DOTALL | re.MULTILINE | re.ASCII
+# psql goes on with SQL after \\, so a line with that is not one to leave out.
+_HEAD = re.compile(rf"(?: {_BLANK} | ^(?=\\)(?:(?!\\\\)[^\n])+$ )*+", _FLAGS)
 _TOKEN = re.compile(
-    r"""
-      (?P<comment>   --[^\n]* | /\*.*?\*/ )
-    | (?P<quoted>    [eE]'(?:[^'\\]|\\.|'')*' | '(?:[^']|'')*' | "(?:[^"]|"")*" | (?P<tag>\$\w*\$).*?(?P=tag) )
-    | :'(?P<parameter>[a-z_][a-z0-9_]*)'(?=::[a-z])
+    rf"""
+      (?P<comment>   {_COMMENT} )
+    | (?P<quoted>    {_NOT_IN_A_NAME}[eE]'(?:[^'\\]|\\.|'')*+'(?!{_BLANK}*+')  # not continued in a second '…'
+                   | (?<!{_NOT_IN_A_NAME}[eE])'(?:[^']|'')*+'
+                   | "(?:[^"]|"")*+"
+                   | {_NOT_IN_A_NAME}(?P<tag>\$(?:[a-zA-Z_]\w*)?\$).*?(?P=tag) )
+    | (?<=[\s(,\[]):'(?P<parameter>[a-z_][a-z0-9_]*)'(?=::[a-z])
     | (?P<cast>      :: )
-    | (?P<variable>  :['"{]?\w* )
-    | (?P<end>       ; )
+    | (?P<variable>  :['"{{]?\w* )
+    | (?P<end>       ;(?:;|{_BLANK})*\Z )
+    | (?P<more>      ; )
+    | (?P<unclear>   ['"$\\\0] | /\* )
     | (?P<percent>   % )
     """,
-    re.VERBOSE | re.DOTALL,
+    _FLAGS,
 )
-_END = "\0"  # stands for the semicolon; no SQL text can hold it
+_REFUSED = {
+    "variable": "a parameter is written :'name'::type, after white space or a bracket; a colon has no other use",
+    "more": "a file holds one statement",
+    "unclear": "psql may read it as something else: a command, a name with $, a string or comment that has no end or "
+    "is nested or continued",
+}
 
 
 class StatementError(Exception):
@@ -50,33 +68,30 @@ def parse(name: str, text: str) -> Statement:
     """Make a statement of a file's text.
 
     Raises:
-        StatementError: it holds no statement, more than one, or a psql variable not written ``:'name'::type``.
+        StatementError: it holds no statement, more than one, or what psql and psycopg would not read alike.
 
     """
     parameters: set[str] = set()
-    # Emptied, not removed: the line numbers in messages stay those of the file.
-    sql = re.sub(r"(?m)^\\.*$", "", text)
+    statement = _HEAD.sub("", text, count=1)
 
     def replace(token: re.Match[str]) -> str:
         match token.lastgroup:
             case "parameter":
                 parameters.add(token["parameter"])
                 return f"%({token['parameter']})s"
-            case "variable":
-                line = sql.count("\n", 0, token.start()) + 1
-                raise StatementError(f"{name}.sql, line {line}: {token[0]} must be written as :'name'::type")
             case "comment":
-                return ""
+                return " "  # as to PostgreSQL: a/**/b is two words
             case "end":
-                return _END
+                return ""
+            case str(kind) if kind in _REFUSED:
+                line = text.count("\n", 0, len(text) - len(statement) + token.start()) + 1
+                raise StatementError(f"{name}.sql, line {line}: {token[0]}: {_REFUSED[kind]}")
             case _:
                 return token[0].replace("%", "%%")
 
-    rows, *rest = (part.strip() for part in _TOKEN.sub(replace, sql).split(_END))
+    rows = _TOKEN.sub(replace, statement).strip()
     if not rows:
         raise StatementError(f"{name}.sql holds no statement")
-    if any(rest):
-        raise StatementError(f"{name}.sql holds more than one statement")
     return Statement(
         name=name,
         parameters=frozenset(parameters),
@@ -95,7 +110,8 @@ def load(folder: Path = SQL) -> dict[str, Statement]:
     """
     files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.sql"))}
     found = {
-        name: parse(name, path.read_text(encoding="utf-8"))
+        # As psql reads it: a byte order mark is skipped, and a carriage return in a string stays.
+        name: parse(name, path.read_bytes().decode("utf-8-sig"))
         for name, path in files.items()
         if not name.startswith("migrations/")  # these are yoyo's
     }
