@@ -1,24 +1,27 @@
 """Brings the database to the state that sql/migrations describes, with yoyo, safely from many processes at once.
 
 yoyo's own lock is a row, which a killed process leaves behind, and it applies a migration and marks it applied in two
-transactions, so that a process killed in between leaves a database that no later start can migrate. Here an advisory
-lock, which ends with its transaction, takes the place of the row, and the mark is part of the migration's transaction.
+transactions, so that a process killed in between leaves a database that no later start can migrate. Here everything,
+the marks too, is one transaction that begins with taking an advisory lock: either all of it is there, or nothing, and
+the lock ends when the work does. It takes one connection, which a pooler in transaction mode may hand out.
 """
 
 import glob
 import hashlib
+import io
 import logging
-import socket
-from contextlib import nullcontext
+from contextlib import redirect_stdout
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import psycopg
 from psycopg.rows import TupleRow
-from yoyo import read_migrations
+from yoyo import internalmigrations, read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import DatabaseURI
-from yoyo.migrations import Migration, MigrationList, default_migration_table
+from yoyo.exceptions import BadMigration, MigrationConflict
+from yoyo.migrations import Migration, MigrationList, default_migration_table, topological_sort
 
 from todo_api import statements
 from todo_api.config import StartError
@@ -38,53 +41,64 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
 
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
         """Connect as the pool does."""
-        return _connect(dburi.args["conninfo"], autocommit=True)
-
-    def lock(self, *_args: Any, **_kwargs: Any) -> nullcontext[None]:
-        """Do without the row: ``apply`` holds an advisory lock."""
-        return nullcontext()
+        # Never prepared: a pooler in transaction mode may not have it.
+        return psycopg.connect(dburi.args["conninfo"], autocommit=True, connect_timeout=5, prepare_threshold=None)
 
     def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
-        """Apply a migration, mark it and log it in one transaction."""
-        with self.transaction():
-            migration.process_steps(self, "apply")
-            self.mark_one(migration, log=False)
-            # Not with yoyo's log_migration: it needs a passwd entry and a name server.
-            self.connection.execute(
-                _statement("log_migration"),
-                {"migration_id": migration.id, "checksum": _checksum(migration), "hostname": socket.gethostname()},
-            )
+        """Apply a migration, mark it and log it, in the transaction that there is."""
+        log.info("applying migration %s", migration.id)
+        try:
+            # yoyo prints the rows of a SELECT, but standard output is not ours: a command may be writing to it.
+            with redirect_stdout(io.StringIO()):
+                migration.process_steps(self, "apply")
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            raise StartError(f"migration {migration.id} failed: {str(error).partition(chr(10))[0]}") from error
+        self.mark_one(migration, log=False)
+        # Not with yoyo's log_migration: it needs a passwd entry and a name server.
+        _run(self, "log_migration", migration_id=migration.id, checksum=_checksum(migration), hostname=gethostname())
 
 
 def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
     """Apply the migrations that are not applied yet, and name them.
 
     Raises:
-        StartError: there are none in the folder, one fails, or the database does not come from these.
+        StartError: there are none in the folder, one can't be read or fails, or the database does not come from these.
         psycopg.OperationalError: the database can't be reached.
 
     """
-    migrations = read_migrations(glob.escape(str(folder)))
-    if not migrations:
-        raise StartError(f"there are no migrations in {folder}")
+    migrations = _read(folder)
     try:
-        with _connect(conninfo) as waiting, _Backend(conninfo) as backend:
-            waiting.execute(_statement("migration_lock"))  # held until this connection's transaction ends
-            return _apply(backend, migrations)
+        with _Backend(conninfo) as backend, backend.transaction():
+            _run(backend, "migration_isolation")
+            _run(backend, "migration_lock")
+            internalmigrations.upgrade(backend)
+            _check_origin(dict(_run(backend, "applied_migrations").fetchall()), migrations)
+            missing = backend.to_apply(migrations)
+            for migration in missing:
+                backend.apply_one(migration)
+            return [migration.id for migration in missing]
     except psycopg.OperationalError:
         raise
     except psycopg.Error as error:
-        raise StartError(f"a migration failed: {str(error).partition(chr(10))[0]}") from error
+        raise StartError(f"the migrations can't be applied: {str(error).partition(chr(10))[0]}") from error
 
 
-def _apply(backend: _Backend, migrations: MigrationList) -> list[str]:
-    backend.ensure_internal_schema_updated()
-    _check_origin(dict(backend.connection.execute(_statement("applied_migrations")).fetchall()), migrations)
-    missing = backend.to_apply(migrations)
-    for migration in missing:
-        backend.apply_one(migration)
-        log.info("applied migration %s", migration.id)
-    return [migration.id for migration in missing]
+def _read(folder: Path) -> MigrationList:
+    try:
+        migrations = read_migrations(glob.escape(str(folder)))
+        for migration in migrations:
+            migration.load()
+        migrations = migrations.replace(topological_sort(migrations))
+    except (OSError, LookupError, ValueError, BadMigration, MigrationConflict) as error:
+        raise StartError(f"the migrations in {folder} can't be read: {error}") from error
+    if not migrations:
+        raise StartError(f"there are no migrations in {folder}")
+    for migration in migrations:
+        if not migration.use_transactions:
+            raise StartError(f"migration {migration.id} is not transactional: a killed start would leave half of it")
+    return migrations
 
 
 def _check_origin(applied: dict[str, str | None], migrations: MigrationList) -> None:
@@ -103,10 +117,5 @@ def _checksum(migration: Migration) -> str:
     return hashlib.sha256(Path(migration.path).read_text(encoding="utf-8").encode()).hexdigest()
 
 
-def _statement(name: str) -> bytes:
-    return statements.load()[f"database/{name}"].rows
-
-
-def _connect(conninfo: str, *, autocommit: bool = False) -> psycopg.Connection[TupleRow]:
-    # Never prepared: a pooler in transaction mode may not have it.
-    return psycopg.connect(conninfo, autocommit=autocommit, connect_timeout=5, prepare_threshold=None)
+def _run(backend: _Backend, name: str, **parameters: str) -> psycopg.Cursor[TupleRow]:
+    return backend.connection.execute(statements.load()[f"database/{name}"].rows, parameters)

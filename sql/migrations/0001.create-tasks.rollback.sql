@@ -1,6 +1,6 @@
--- yoyo runs these from the last to the first.
+-- yoyo runs these in this order.
 DROP TABLE tasks;
 
-DROP DOMAIN task_changes;
-
 DROP DOMAIN new_task;
+
+DROP DOMAIN task_changes;
