@@ -231,3 +231,20 @@ def breaks_a_rule(db: psycopg.Connection[TupleRow], **columns: object) -> bool:
         with pytest.raises(psycopg.errors.IntegrityError):
             db.execute(statement, list(row.values()))
     return db.execute("SELECT * FROM tasks").fetchall() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "rule"),
+    [
+        ("create", "{}", "title_is_required"),
+        ("create", "[]", "body_is_an_object"),
+        ("create", '{"title": 1}', "title_is_a_string"),
+        ("create", '{"title": " "}', "title_is_not_only_white_space"),
+        ("update", '{"description": 1}', "description_is_a_string_or_null"),
+        ("update", '{"completed": "yes"}', "completed_is_true_or_false"),
+        ("update", '{"version": 2}', "body_has_only_known_members"),
+    ],
+)
+def test_psql_names_the_rule_that_a_body_breaks(name: str, body: str, rule: str, create: Create, conninfo: str) -> None:
+    variables = {"task": body} if name == "create" else {"task_id": create()["id"], "changes": body}
+    assert f'"{rule}"' in run_psql(conninfo, f"sql/tasks/{name}.sql", variables, psql=PSQL).stderr

@@ -95,7 +95,7 @@ def test_any_other_variable_is_refused_with_file_and_line(variable: str) -> None
         "$$\n\\echo :a\n$$",
         "'a\r\nb'",
         "'C:\\'",
-        "date'C:\\'",
+        "date'C:\\', ':a ; --'",
     ],
 )
 def test_text_in_quotes_is_left_alone(literal: str) -> None:
@@ -203,6 +203,7 @@ def test_a_semicolon_in_a_string_or_a_comment_ends_nothing(text: str, connection
         "/* /* nested */ */ SELECT 1",
         "SELECT E'continued'\n'in a \\' second'",
         "SELECT E'continued' -- behind a comment\n'in a \\' second'",
+        "SELECT E'continued'\n'that\\'s -- no comment'",
         # An identifier may hold a $, and then there is no quote; a number never starts one.
         "SELECT 1 AS a$1$b$1$",
         "SELECT 1 AS a$$",
