@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn
 
+from dotenv import load_dotenv
 from environs import Env, ValidationError, validate
 from environs.exceptions import EnvError
 
@@ -50,8 +51,9 @@ def load() -> Settings:
 
 
 def _read() -> Settings:
+    # Into the environment, which Env.read_env would leave alone: empty values there mean the default just as well.
+    load_dotenv(ROOT / ".env")
     env = Env()
-    env.read_env(str(ROOT / ".env"), recurse=False)
     for name in map(str.upper, Settings.__dataclass_fields__):
         if not os.environ.get(name, "unset").strip():
             del os.environ[name]  # "PORT=" in .env means the default, as if the line were not there

@@ -1,0 +1,141 @@
+"""The server: ``python wsgi.py``, gunicorn with settings of one's own, and how both start, reload and stop."""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import ROOT, Service, Start, free_port, servers_in, wait_until
+
+GUNICORN = [sys.executable, "-m", "gunicorn"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a DATA_DIR that was in use before."""
+    folder = tmp_path_factory.mktemp("server") / "data"
+    service = Service(folder.with_name("log"), DATA_DIR=folder, WEB_CONCURRENCY=1).wait()
+    assert service.stop() == 0
+    return folder
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    """Find the master's children that are not PostgreSQL."""
+    children = psutil.Process(service.process.pid).children()
+    return [child for child in children if child.name() != "postgres"]
+
+
+def test_python_wsgi_py_becomes_gunicorn_with_the_same_process_id(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
+    wait_until(lambda: len(workers(service)) == 2)
+    assert "with 2 workers of 4 threads" in service.log()
+    assert service.client.get("/healthz").headers["Server"] == "gunicorn"
+
+
+OWN_SETTINGS = [
+    ["-w", "2", "--threads", "2"],
+    [],  # one synchronous worker
+    ["--preload"],
+]
+
+
+@pytest.mark.parametrize("arguments", OWN_SETTINGS, ids=" ".join)
+def test_gunicorn_with_settings_of_ones_own_works_on_the_embedded_server(
+    arguments: list[str], data_dir: Path, start: Start
+) -> None:
+    port = free_port()
+    command = [*GUNICORN, "-b", f"127.0.0.1:{port}", *arguments, "wsgi:app"]
+    service = start(command=command, PORT=port, DATA_DIR=data_dir).wait()
+    assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
+    assert service.stop() == 0
+    assert servers_in(data_dir) == []
+    assert "Traceback" not in service.log()
+
+
+def test_arguments_of_python_wsgi_py_go_to_gunicorn(data_dir: Path, start: Start) -> None:
+    port = free_port()
+    command = [sys.executable, "wsgi.py", "--bind", f"127.0.0.1:{port}", "--threads", "3"]
+    # PORT is taken, which is no matter since --bind goes before it.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        service = start(command=command, PORT=taken.getsockname()[1], DATA_DIR=data_dir)
+        service.client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
+        service.wait()
+    assert f"serving http://127.0.0.1:{port}, its docs at /docs, with 1 workers of 3 threads" in service.log()
+
+
+def test_the_folder_that_it_is_started_in_does_not_matter(tmp_path: Path, start: Start) -> None:
+    project = tmp_path / "project"
+    for name in ("todo_api", "sql"):
+        shutil.copytree(ROOT / name, project / name)
+    shutil.copy(ROOT / "wsgi.py", project)
+    (tmp_path / "elsewhere").mkdir()
+
+    service = start(command=[sys.executable, str(project / "wsgi.py")], cwd=tmp_path / "elsewhere").wait()
+    created = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    assert service.stop() == 0
+    service = start(command=[sys.executable, "wsgi.py"], cwd=project).wait()
+    assert service.client.get("/api/tasks").json() == [created]
+    assert (project / ".data" / "postgres").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_port_in_use_gets_one_line_whoever_has_it(tmp_path: Path, data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir).wait()  # it listens with SO_REUSEPORT, a stranger may not
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        ports = [service.port, stranger.getsockname()[1]]
+        for refused in [start(DATA_DIR=tmp_path / "data", PORT=port) for port in ports]:
+            assert refused.process.wait(timeout=30) != 0
+            assert refused.log().count("\n") == 1, refused.log()
+            assert "PORT" in refused.log()
+    assert not (tmp_path / "data").exists()
+    assert service.answers()
+
+
+def test_a_service_that_was_killed_can_be_started_again_at_once(data_dir: Path, start: Start) -> None:
+    killed = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
+    killed.stop(signal.SIGKILL)  # the workers need a moment to notice, and hold the port until then
+    assert start(DATA_DIR=data_dir, PORT=killed.port).wait().answers()
+
+
+def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
+    wait_until(lambda: len(workers(service)) == 2)
+    before = {worker.pid for worker in workers(service)}
+    servers = servers_in(data_dir)
+    service.process.send_signal(signal.SIGHUP)
+
+    def reloaded() -> bool:
+        assert service.client.get("/readyz").status_code == httpx.codes.OK
+        return not before & {worker.pid for worker in workers(service)}
+
+    wait_until(reloaded)
+    assert servers[0].is_running()
+    assert service.stop() == 0
+
+
+def test_ctrl_c_stops_everything_without_a_traceback(data_dir: Path, start: Start) -> None:
+    port = free_port()
+    by_hand = [*GUNICORN, "-b", f"127.0.0.1:{port}", "-w", "2", "wsgi:app"]
+    services = [start(DATA_DIR=data_dir, WEB_CONCURRENCY=2), start(DATA_DIR=data_dir, PORT=port, command=by_hand)]
+    wait_until(lambda: [len(workers(service.wait())) for service in services] == [2, 2])
+    for service in services:
+        os.killpg(service.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        assert service.process.wait(timeout=30) == 0
+        assert "Traceback" not in service.log()
+    assert servers_in(data_dir) == []
+
+
+def test_a_worker_that_is_killed_is_replaced_and_leaves_the_server_alone(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir).wait()
+    servers = servers_in(data_dir)
+    [worker] = workers(service)
+    worker.kill()
+    wait_until(lambda: [w for w in workers(service) if w.pid != worker.pid] != [])
+    wait_until(service.answers)
+    assert servers[0].is_running()
