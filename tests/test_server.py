@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,12 +18,15 @@ GUNICORN = [sys.executable, "-m", "gunicorn"]
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a DATA_DIR that was in use before."""
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give a DATA_DIR that was in use before, and stop the server that the last killed service leaves there."""
     folder = tmp_path_factory.mktemp("server") / "data"
-    service = Service(folder.with_name("log"), DATA_DIR=folder, WEB_CONCURRENCY=1).wait()
-    assert service.stop() == 0
-    return folder
+    for log in ("before", "after"):
+        service = Service(folder.with_name(log), DATA_DIR=folder, WEB_CONCURRENCY=1).wait()
+        assert service.stop() == 0
+        assert servers_in(folder) == []
+        if log == "before":
+            yield folder
 
 
 def workers(service: Service) -> list[psutil.Process]:
