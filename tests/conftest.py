@@ -24,10 +24,10 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
-from todo_api import embedded
+from todo_api import cluster, embedded
 
 ROOT = Path(__file__).resolve().parent.parent
-PSQLS = sorted({str(embedded.BIN / "psql"), *filter(None, [shutil.which("psql")])})
+PSQLS = sorted({str(cluster.BIN / "psql"), *filter(None, [shutil.which("psql")])})
 START_TIMEOUT = 60  # seconds; far more than a start takes, so that a busy machine fails no test
 
 

@@ -27,6 +27,7 @@ WRONG = [
     ("WEB_CONCURRENCY", "x"),
     ("DATABASE_URL", f"mysql://user:{PASSWORD}@host/name"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@[bad"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@host/name?sslmod=require"),
     ("MAX_BODY_BYTES", "1"),
     ("USER_ID", "x" * 256),
 ]

@@ -12,9 +12,9 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 
 from tests.conftest import Create, run_psql
-from todo_api import embedded
+from todo_api import cluster
 
-PSQL = str(embedded.BIN / "psql")  # one is enough: the rules are the server's
+PSQL = str(cluster.BIN / "psql")  # one is enough: the rules are the server's
 WHITE_SPACE = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
 LAST = chr(sys.maxunicode)
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, Service, Start, environment, servers_in, wait_until
-from todo_api import embedded
+from todo_api import cluster
 
 ODD_NAME = """it's "my" $(touch pwned); `x` é"""
 NOBODY = 65534
@@ -353,7 +353,7 @@ def test_a_server_that_somebody_started_by_hand_is_used_and_its_socket_folder_ke
         sockets.chmod(0o777)
         as_owner = AS_USER if owner(data_dir / "postgres") != os.geteuid() else []
         by_hand = subprocess.Popen(
-            [*as_owner, embedded.BIN / "postgres", "-D", data_dir / "postgres", "-h", "", "-k", sockets],
+            [*as_owner, cluster.BIN / "postgres", "-D", data_dir / "postgres", "-h", "", "-k", sockets],
             cwd="/",
             stderr=subprocess.DEVNULL,
         )
@@ -402,7 +402,7 @@ def test_the_server_is_not_root_and_nothing_around_its_folder_changes(tmp_path: 
     closed.mkdir(parents=True)
     for folder in (closed, closed.parent):
         folder.chmod(0o700)
-    around = [closed, *closed.parents, ROOT, embedded.BIN, *embedded.BIN.parents]
+    around = [closed, *closed.parents, ROOT, cluster.BIN, *cluster.BIN.parents]
     before = [(path, owner(path), permissions(path)) for path in around]
 
     service = start(DATA_DIR=closed / "data").wait()

@@ -1,15 +1,15 @@
 """Every failure is one problem shape with the headers that belong to it."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from .conftest import Service, assert_problem, free_port
+from .conftest import Service, assert_problem, free_port, wait_until
 
 UNREACHABLE = "postgresql://todo:secret@127.0.0.1:{port}/todo"
 
@@ -80,9 +80,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run a service whose database can't be reached."""
     url = UNREACHABLE.format(port=free_port())
     service = Service(tmp_path_factory.mktemp("cut_off") / "log", DATABASE_URL=url, WEB_CONCURRENCY=1)
-    while not service.answers("/healthz"):
-        assert service.process.poll() is None, service.log()
-        time.sleep(0.05)
+    wait_until(lambda: service.answers("/healthz"))
     yield service
     assert service.stop() == 0
 
@@ -120,16 +118,12 @@ def test_neither_the_log_nor_an_answer_shows_the_password(cut_off: Service) -> N
 
 
 def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: Path) -> None:
-    data_dir = tmp_path / "data"
-    first = Service(tmp_path / "first", DATA_DIR=data_dir).wait()
-    socket_folder = str(data_dir.resolve() / "postgres")
-    assert first.stop() == 0
-    url = f"postgresql://todo@/todo?host={socket_folder.replace('/', '%2F')}"
-    second = Service(tmp_path / "second", DATABASE_URL=url)
-    while not second.answers("/healthz"):
-        time.sleep(0.05)
-    assert_problem(second.client.get("/readyz"), 503, "database_unavailable")
-    third = Service(tmp_path / "third", DATA_DIR=data_dir).wait()
-    second.wait()
-    assert second.client.get("/api/tasks").json() == []
-    assert [second.stop(), third.stop()] == [0, 0]
+    data_dir = tmp_path.resolve() / "data"
+    url = f"postgresql://todo@/todo?port=5432&host={quote(str(data_dir / 'postgres'), safe='')}"
+    early = Service(tmp_path / "early", DATABASE_URL=url)
+    wait_until(lambda: early.answers("/healthz"))
+    assert_problem(early.client.get("/readyz"), 503, "database_unavailable")
+    owner = Service(tmp_path / "owner", DATA_DIR=data_dir).wait()
+    early.wait()
+    assert early.client.get("/api/tasks").json() == []
+    assert [early.stop(), owner.stop()] == [0, 0]

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from todo_api import embedded, problems
+from todo_api import cluster, problems
 from todo_api.config import Settings
 
 from .conftest import ROOT, Service, free_port
@@ -64,7 +64,7 @@ def run(service: Service, project: Path, script: str) -> str:
     done = subprocess.run(
         ["sh", "-e", "-c", script.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")],
         cwd=project,
-        env={"PATH": f"{os.environ['PATH']}:{embedded.BIN}", "DATABASE_URL": database_url},
+        env={"PATH": f"{os.environ['PATH']}:{cluster.BIN}", "DATABASE_URL": database_url},
         capture_output=True,
         text=True,
         check=False,

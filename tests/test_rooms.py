@@ -16,9 +16,9 @@ MAY_IMPORT = {
     "psycopg_pool": {"database"},
     "psycopg": {"database", "problems", "migrations", "embedded"},
     "yoyo": {"migrations"},
-    "psutil": {"embedded"},
+    "psutil": {"cluster"},
     "environs": {"config"},
-    "subprocess": {"embedded", "commands"},
+    "subprocess": {"cluster", "commands", "embedded"},
 }
 SQL_WORDS = re.compile(r"\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE TABLE|ALTER|DROP|BEGIN|COMMIT)\b")
 
@@ -99,7 +99,7 @@ def test_every_public_name_has_a_docstring_and_every_file_is_short() -> None:
     for module in MODULES:
         assert ast.get_docstring(tree(module)), module
         lines = module.read_text(encoding="utf-8").count("\n")
-        assert lines <= 320, (module, lines)
+        assert lines <= 180, (module, lines)
 
 
 def test_the_visible_top_level_is_what_the_house_says() -> None:

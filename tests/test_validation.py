@@ -31,10 +31,7 @@ BREAKS: list[tuple[Any, dict[str, str]]] = [
         {"title": "x", "description": "x" * 2001},
         {"#/description": "Description exceeds maximum length of 2000 characters"},
     ),
-    *(
-        ({"title": "x", "completed": bad}, {"#/completed": "Completed must be true or false"})
-        for bad in NO_BOOLEANS
-    ),
+    *(({"title": "x", "completed": bad}, {"#/completed": "Completed must be true or false"}) for bad in NO_BOOLEANS),
     *(
         ({"title": "x", name: value}, {f"#/{name}": UNKNOWN})
         for name, value in {

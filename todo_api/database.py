@@ -13,6 +13,7 @@ from psycopg.rows import TupleRow
 from psycopg_pool import ConnectionPool
 
 from todo_api import statements
+from todo_api.config import StartError
 
 Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
@@ -83,6 +84,19 @@ def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) ->
     with database.pool.connection() as connection:
         row = connection.execute(sql, parameters).fetchone()
     return row[0] if row else None
+
+
+def check(url: str) -> None:
+    """Refuse a DATABASE_URL that libpq would not understand.
+
+    Raises:
+        StartError: libpq's reason.
+
+    """
+    try:
+        conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        raise StartError(f"DATABASE_URL: {error}") from error
 
 
 def split_password(conninfo: str) -> tuple[str, str | None]:

@@ -28,8 +28,16 @@ def prepare(settings: Settings) -> str:
 
 
 def find(settings: Settings) -> str:
-    """Give the connection string of the service's database; the embedded one is started if it is not running."""
-    return settings.database_url or embedded.start(settings.data_dir)
+    """Give the connection string of the service's database; the embedded one is started if it is not running.
+
+    Raises:
+        StartError: there is none to give.
+
+    """
+    if not settings.database_url:
+        return embedded.start(settings.data_dir)
+    database.check(settings.database_url)
+    return settings.database_url
 
 
 def prepare_or_fail(settings: Settings) -> None:
