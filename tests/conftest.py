@@ -1,6 +1,6 @@
 """What the tests share: a real service on a real PostgreSQL, and ways to look at both.
 
-The database is an embedded one in a temporary folder, or the one that TEST_DATABASE_URL names, whose tasks are deleted.
+The database is an embedded one in a temporary folder, or a new one beside the one that TEST_DATABASE_URL names.
 """
 
 import os
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import psutil
@@ -24,7 +25,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
-from todo_api import cluster, embedded
+from todo_api import cluster, config, embedded
+
+config.drop_libpq_variables()  # the tests' connection strings say everything
 
 ROOT = Path(__file__).resolve().parent.parent
 PSQLS = sorted({str(cluster.BIN / "psql"), *filter(None, [shutil.which("psql")])})
@@ -118,6 +121,13 @@ def servers_in(folder: Path) -> list[psutil.Process]:
     ]
 
 
+def postmaster_in(folder: Path) -> psutil.Process:
+    """Find the PostgreSQL process that is the parent of the others."""
+    servers = servers_in(folder)
+    [first] = [server for server in servers if server.ppid() not in {other.pid for other in servers}]
+    return first
+
+
 Start = Callable[..., Service]
 
 
@@ -139,19 +149,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.kill()
 
 
-@pytest.fixture(scope="session")
-def conninfo(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Give the connection string of the tests' database."""
-    return os.environ.get("TEST_DATABASE_URL") or embedded.start(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="session")
-def database_url(conninfo: str) -> str:
-    """Give the tests' database as a URL, the form that DATABASE_URL takes."""
-    if "://" in conninfo:
-        return conninfo
-    parts = conninfo_to_dict(conninfo)
-    return f"postgresql://{parts['user']}@/{parts['dbname']}?host={parts['host']}&port={parts['port']}"
+def as_url(conninfo: str) -> str:
+    """Write a connection string as a URL, the form that DATABASE_URL takes."""
+    return f"postgresql://?{urlencode(conninfo_to_dict(conninfo))}"
 
 
 @contextmanager
@@ -167,6 +167,22 @@ def new_database(conninfo: str) -> Iterator[str]:
         )
         yield make_conninfo(conninfo, dbname=name)
         connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Give the connection string of a database of this test process's own; two processes share the tests."""
+    if given := os.environ.get("TEST_DATABASE_URL"):
+        with new_database(given) as database:
+            yield database
+    else:
+        yield embedded.start(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def database_url(conninfo: str) -> str:
+    """Give the tests' database as a URL, the form that DATABASE_URL takes."""
+    return as_url(conninfo)
 
 
 @pytest.fixture(scope="session")

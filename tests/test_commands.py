@@ -12,7 +12,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.conftest import ROOT, Service, environment, servers_in, wait_until
+from tests.conftest import ROOT, Service, environment, postmaster_in, servers_in, wait_until
 
 FLASK = [sys.executable, "-m", "flask", "--app", "wsgi"]
 PLAIN = ["-X", "-A", "-t"]
@@ -67,11 +67,11 @@ def test_migrate_names_a_database_that_cannot_be_reached_in_one_line() -> None:
 
 
 def test_psql_passes_its_arguments_on_and_leaves_a_running_server_alone(service: Service, data_dir: Path) -> None:
-    servers = servers_in(data_dir)
+    server = postmaster_in(data_dir)
     done = flask("psql", *PLAIN, "-v", "x=it's $HOME", "-c", "select 1", "-f", "-", DATA_DIR=data_dir)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
     assert flask("psql", "--help", DATA_DIR=data_dir).stdout.startswith("psql is the PostgreSQL")
-    assert {server.pid for server in servers_in(data_dir)} >= {servers[0].pid}
+    assert postmaster_in(data_dir) == server
     assert service.answers()
 
 
@@ -107,6 +107,8 @@ def test_psqls_server_stops_when_the_terminal_is_closed(number: signal.Signals, 
     )
     wait_until(lambda: "psql" in [child.name() for child in psutil.Process(process.pid).children()])
     process.send_signal(number)
+    time.sleep(0.03)
+    process.send_signal(number)  # terminals and shells do so, too
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
@@ -134,16 +136,16 @@ def test_psql_uses_database_url_and_keeps_its_password_out_of_sight(tmp_path: Pa
     command = [*FLASK, "psql", *PLAIN, "-c", "select pg_sleep(600)"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(DATABASE_URL=url, DATA_DIR=tmp_path / "data"))
 
-    def command_lines() -> list[list[str]]:
-        children = psutil.Process(process.pid).children()
-        return [child.cmdline() for child in children if child.name() == "psql"]
+    def running() -> list[psutil.Process]:
+        return [child for child in psutil.Process(process.pid).children() if child.name() == "psql"]
 
-    wait_until(lambda: bool(command_lines()))
-    [arguments] = command_lines()
+    wait_until(lambda: bool(running()))
+    [child] = running()
+    arguments, variables = child.cmdline(), child.environ()
     process.terminate()
     process.wait(timeout=60)
     assert "h-u-s-h" not in " ".join(arguments)
-    assert str(data_dir) in " ".join(arguments)
+    assert (variables["PGHOST"], variables["PGPASSWORD"]) == (str(data_dir / "postgres"), "h-u-s-h")
     assert not (tmp_path / "data").exists()
 
 
@@ -167,3 +169,8 @@ def test_openapi_needs_no_database_and_makes_no_folder(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["openapi"].startswith("3.")
     assert not (tmp_path / "data").exists()
+
+
+def test_psqls_own_options_choose_another_database_of_the_same_server(data_dir: Path) -> None:
+    done = flask("psql", *PLAIN, "-d", "postgres", "-c", "select current_database()", DATA_DIR=data_dir)
+    assert done.stdout == "postgres\n"

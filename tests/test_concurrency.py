@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psycopg
+import pytest
 from psycopg.rows import TupleRow
+from psycopg.sql import SQL, Identifier
 
-from .conftest import Create, Service
+from .conftest import Create, Service, as_url, new_database
 
 
 def at_once(service: Service, count: int, call: Callable[[httpx.Client, int], httpx.Response]) -> list[httpx.Response]:
@@ -62,3 +65,17 @@ def test_of_50_deletes_at_once_one_gets_the_task(service: Service, create: Creat
     path = f"/api/tasks/{create()['id']}"
     responses = at_once(service, 50, lambda client, _: client.delete(path))
     assert Counter(response.status_code for response in responses) == {200: 1, 404: 49}
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_toggles_all_count_where_the_database_isolates_more(conninfo: str, tmp_path: Path, isolation: str) -> None:
+    with new_database(conninfo) as database:
+        with psycopg.connect(database, autocommit=True) as db:
+            set_default = SQL("ALTER DATABASE {} SET default_transaction_isolation = {}")
+            db.execute(set_default.format(Identifier(db.info.dbname), isolation))
+        service = Service(tmp_path / "log", DATABASE_URL=as_url(database)).wait()
+        path = f"/api/tasks/{service.client.post('/api/tasks', json={'title': 'x'}).json()['id']}"
+        responses = at_once(service, 51, lambda client, _: client.post(f"{path}/toggle"))
+        assert Counter(response.status_code for response in responses) == {200: 51}
+        assert service.client.get(path).json()["version"] == 52
+        assert service.stop() == 0

@@ -11,7 +11,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import ROOT, environment, free_port
-from todo_api import config
+from todo_api import config, database
 
 PASSWORD = "h-u-s-h"  # noqa: S105
 PROGRAMS = {
@@ -28,6 +28,7 @@ WRONG = [
     ("DATABASE_URL", f"mysql://user:{PASSWORD}@host/name"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@[bad"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@host/name?sslmod=require"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@127.0.0.1:99999/name"),
     ("MAX_BODY_BYTES", "1"),
     ("USER_ID", "x" * 256),
 ]
@@ -186,3 +187,25 @@ def test_the_defaults_are_those_of_the_class(project: Path) -> None:
 def test_a_relative_data_dir_starts_at_the_project_and_a_tilde_at_home(project: Path) -> None:
     assert settings(project, DATA_DIR="data").data_dir == project / "data"
     assert settings(project, DATA_DIR="~/data", HOME="/home/me").data_dir == Path("/home/me/data")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "host:abc/name",
+        "host/name?sslmode=bogus",
+        "host/name?target_session_attrs=zzz",
+        "one,two/name?port=1,2,3",
+        "host/name?connect_timeout=abc",
+        "host/name?service=nosuch",
+        "host/name?sslmode",
+    ],
+)
+def test_a_url_that_libpq_does_not_understand_is_refused(rest: str) -> None:
+    with pytest.raises(config.StartError, match="DATABASE_URL") as raised:
+        database.check(f"postgresql://user:{PASSWORD}@{rest}")
+    assert PASSWORD not in str(raised.value)
+
+
+def test_a_url_whose_server_is_away_is_not_refused() -> None:
+    database.check("postgresql://user:p@127.0.0.1:1,localhost:2/name?sslmode=require&target_session_attrs=read-write")

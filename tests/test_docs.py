@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import ROOT, Service
+from .conftest import Service
 
 CALLS = {
     ("get", "/api/tasks"): {200, 400, 500, 503},
@@ -109,7 +109,6 @@ def test_the_page_lets_the_browser_load_from_nowhere_else(client: httpx.Client) 
     assert policy["script-src"] == policy["connect-src"] == "'self'"
 
 
-@pytest.mark.parametrize("name", ["../flask_swagger_ui.py", "..%2fflask_swagger_ui.py", "%2e%2e/x", "/etc/passwd"])
+@pytest.mark.parametrize("name", ["..%2fflask_swagger_ui.py", "%2e%2e%2fLICENSE", "..%5cx", "%2fetc%2fpasswd"])
 def test_the_page_serves_no_other_file(client: httpx.Client, name: str) -> None:
     assert client.get(f"/docs/{name}").status_code == 404
-    assert (ROOT / "todo_api").exists()

@@ -207,10 +207,10 @@ def test_a_path_with_a_comma_gets_a_socket_folder_too(tmp_path: Path, stopped: P
 
 
 def test_a_folder_that_is_not_ours_gets_one_clear_line(tmp_path: Path, start: Start) -> None:
-    tmp_path.chmod(0o500)  # root's, or without the right to write
-    service = start(DATA_DIR=tmp_path / "data", prefix=AS_USER)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)  # root's, or without the right to write
+    service = start(DATA_DIR=closed / "data", prefix=AS_USER)
     assert service.process.wait(timeout=30) != 0
-    tmp_path.chmod(0o700)
     assert_one_line(service, "DATA_DIR", "Permission denied")
 
 

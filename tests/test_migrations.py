@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -19,7 +18,7 @@ import yoyo
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
-from tests.conftest import ROOT, environment, new_database, wait_until
+from tests.conftest import ROOT, as_url, environment, new_database, wait_until
 from todo_api import migrations, statements
 from todo_api.config import StartError
 
@@ -289,14 +288,13 @@ def test_a_migration_that_selects_prints_nothing(
     assert capfd.readouterr().out == ""
 
 
-def test_flask_migrate_says_in_one_line_what_is_wrong(database: str, database_url: str, folder: Path) -> None:
+def test_flask_migrate_says_in_one_line_what_is_wrong(database: str, folder: Path) -> None:
     (folder / "0002.later.sql").write_text("CREATE TABLE later ();", encoding="utf-8")
     migrations.apply(database, folder)
-    url = urlsplit(database_url)._replace(path=f"/{conninfo_to_dict(database)['dbname']}").geturl()
     done = subprocess.run(
         [sys.executable, "-m", "flask", "--app", "wsgi", "migrate"],
         cwd=ROOT,
-        env=environment(DATABASE_URL=url),
+        env=environment(DATABASE_URL=as_url(database)),
         capture_output=True,
         text=True,
         check=False,

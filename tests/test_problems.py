@@ -127,3 +127,14 @@ def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: P
     early.wait()
     assert early.client.get("/api/tasks").json() == []
     assert [early.stop(), owner.stop()] == [0, 0]
+
+
+def test_connections_that_the_server_ended_cost_no_request(service: Service, conninfo: str) -> None:
+    for _ in range(3):
+        assert {service.client.get("/api/tasks").status_code for _ in range(20)} == {200}
+        with psycopg.connect(conninfo, autocommit=True) as db:
+            ended = db.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE application_name = 'todo_api' AND datname = current_database()"
+            ).fetchall()
+        assert len(ended) > 1

@@ -1,6 +1,7 @@
 """Requests that no HTTP library would send get their problem, too; these go over a socket."""
 
 import json
+import re
 import socket
 from typing import Any
 
@@ -94,3 +95,23 @@ def test_the_host_header_does_not_reach_the_location(service: Service) -> None:
     body = b'{"title": "x"}'
     request = POST.replace(b"Host: x", b"Host: evil.example") + b"Content-Length: %d\r\n\r\n" % len(body) + body
     assert send(service, request)[1]["Location"].startswith("/api/tasks/")
+
+
+@pytest.mark.parametrize(
+    ("path", "rest"),
+    [
+        (b"/api/tasks", b"Content-Length: 300000\r\n\r\n" + b" " * 300_000),
+        (b"/api/tasks/1/toggle", b"Content-Length: 300000\r\n\r\n" + b" " * 300_000),
+        (b"/api/tasks", b"Transfer-Encoding: chunked\r\n\r\n493e0\r\n" + b" " * 300_000 + b"\r\n0\r\n\r\n"),
+    ],
+)
+def test_a_body_over_the_limit_is_413_on_every_call_and_the_answer_says_that_the_connection_closes(
+    service: Service, path: bytes, rest: bytes
+) -> None:
+    status, headers, _ = send(service, POST.replace(b"/api/tasks", path) + rest)
+    assert (status, headers["Connection"]) == (413, "close")
+
+
+def test_what_the_server_cannot_read_is_in_the_log_with_its_id(service: Service) -> None:
+    _, headers, _ = send(service, b"NONSENSE\r\n\r\n")
+    assert re.search(rf"400 .*NONSENSE.* {headers['X-Request-ID']}$", service.log(), re.MULTILINE)

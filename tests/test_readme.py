@@ -104,6 +104,9 @@ def test_the_psql_examples_run_beside_the_service(running: tuple[Service, Path])
     printed = run(*running, flask_psql)
     assert "two litres" in printed
     assert "count" in printed
+    (dump,) = examples(".venv/lib")
+    run(*running, dump)
+    assert "two litres" in (running[1] / "copy.sql").read_text(encoding="utf-8")
 
 
 def test_the_url_example_starts_the_service() -> None:

@@ -50,8 +50,8 @@ def test_only_its_rooms_import_a_package(package: str) -> None:
 
 
 def test_only_config_reads_the_environment() -> None:
-    readers = {module.stem for module in MODULES if re.search(r"environ\b(?![.\[](get\()?\"wsgi)|getenv", code(module))}
-    assert readers - {"config"} <= {"json_body"}  # WSGI's environ is a request's
+    readers = {module.stem for module in MODULES if re.search(r"(?<!req\.)environ\b|getenv", code(module))}
+    assert readers == {"config"}
 
 
 def code(module: Path) -> str:
@@ -90,16 +90,17 @@ def test_only_sql_knows_the_columns_that_no_client_sends() -> None:
 
 def test_every_statement_is_called_by_its_files_name() -> None:
     called = {text for module in MODULES for text in strings(module)}
+    called |= {f"database/{text}" for text in strings(ROOT / "todo_api" / "migrations.py")}
     files = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "sql").glob("[!m]*/*.sql")}
-    assert files
-    assert [name for name in files if name not in called and name.split("/")[1] not in called] == []
+    assert len(files) > 6
+    assert files - called == set()
 
 
-def test_every_public_name_has_a_docstring_and_every_file_is_short() -> None:
+def test_every_file_says_what_it_is_for_and_is_short() -> None:
     for module in MODULES:
         assert ast.get_docstring(tree(module)), module
         lines = module.read_text(encoding="utf-8").count("\n")
-        assert lines <= 180, (module, lines)
+        assert lines <= 200, (module, lines)
 
 
 def test_the_visible_top_level_is_what_the_house_says() -> None:

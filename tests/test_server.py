@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import ROOT, Service, Start, free_port, servers_in, wait_until
+from tests.conftest import ROOT, Service, Start, free_port, postmaster_in, servers_in, wait_until
 
 GUNICORN = [sys.executable, "-m", "gunicorn"]
 
@@ -111,7 +111,7 @@ def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2)
     before = {worker.pid for worker in workers(service)}
-    servers = servers_in(data_dir)
+    server = postmaster_in(data_dir)
     service.process.send_signal(signal.SIGHUP)
 
     def reloaded() -> bool:
@@ -119,7 +119,7 @@ def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:
         return not before & {worker.pid for worker in workers(service)}
 
     wait_until(reloaded)
-    assert servers[0].is_running()
+    assert server.is_running()
     assert service.stop() == 0
 
 
@@ -137,9 +137,39 @@ def test_ctrl_c_stops_everything_without_a_traceback(data_dir: Path, start: Star
 
 def test_a_worker_that_is_killed_is_replaced_and_leaves_the_server_alone(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir).wait()
-    servers = servers_in(data_dir)
+    server = postmaster_in(data_dir)
     [worker] = workers(service)
     worker.kill()
     wait_until(lambda: [w for w in workers(service) if w.pid != worker.pid] != [])
     wait_until(service.answers)
-    assert servers[0].is_running()
+    assert server.is_running()
+
+
+def test_gunicorn_with_settings_of_ones_own_answers_with_problems_only(data_dir: Path, start: Start) -> None:
+    port = free_port()
+    service = start(command=[*GUNICORN, "-b", f"127.0.0.1:{port}", "wsgi:app"], PORT=port, DATA_DIR=data_dir).wait()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"GARBAGE\r\n\r\n")
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"Content-Type: application/problem+json" in answer
+    assert service.stop() == 0
+
+
+def test_it_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
+    path = tmp_path / "socket"
+    service = start(command=[sys.executable, "wsgi.py", "--bind", f"unix:{path}"], DATA_DIR=data_dir)
+    wait_until(path.exists)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as client:
+        assert client.get("/readyz").status_code == httpx.codes.OK
+    assert service.stop() == 0
+
+
+def test_a_postgresql_that_is_killed_is_started_again_by_the_service(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
+    task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    postmaster_in(data_dir).kill()
+    wait_until(service.answers)
+    assert service.client.get(f"/api/tasks/{task['id']}").json() == task
+    assert service.stop() == 0
+    assert servers_in(data_dir) == []

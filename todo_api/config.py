@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -117,6 +118,6 @@ def drop_libpq_variables() -> None:
         del os.environ[name]
 
 
-def set_libpq_password(password: str) -> None:
-    """Give libpq, and the psql that is started next, a password."""
-    os.environ["PGPASSWORD"] = password
+def set_libpq_variables(variables: Mapping[str, str]) -> None:
+    """Tell libpq, and the psql that is started next, where to connect to."""
+    os.environ.update(variables)

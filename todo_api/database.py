@@ -1,7 +1,10 @@
 """The pool of connections to PostgreSQL: runs a statement of sql/ by its name and gives rows or ready-made JSON."""
 
+import select
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import psycopg
@@ -9,6 +12,7 @@ from flask import Flask, current_app
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo
 from psycopg.rows import TupleRow
 from psycopg_pool import ConnectionPool
 
@@ -17,6 +21,8 @@ from todo_api.config import StartError
 
 Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
+_NOWHERE = "/nowhere"
+_ATTEMPTS = 100  # at a statement that loses to others; of those at work at the same time, one wins each time
 
 
 class _JsonAsBytes(Loader):
@@ -79,28 +85,63 @@ def fetch_json_list(name: str, **parameters: Any) -> bytes:
 
 
 def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) -> bytes | None:
-    if database.pool.closed:
-        database.pool.open()
-    with database.pool.connection() as connection:
-        row = connection.execute(sql, parameters).fetchone()
+    connection = _live_connection(database.pool)
+    try:
+        row = _execute(connection, sql, parameters).fetchone()
+    finally:
+        database.pool.putconn(connection)
     return row[0] if row else None
 
 
+def _live_connection(pool: ConnectionPool[psycopg.Connection[TupleRow]]) -> psycopg.Connection[TupleRow]:
+    if pool.closed:
+        pool.open()
+    while True:
+        connection = pool.getconn()
+        # An idle connection with something to read is one that the server has ended. The pool's own check would ask the
+        # server, which costs a round trip each time, and wait for seconds between one dead connection and the next.
+        if not select.select([connection], [], [], 0)[0]:
+            return connection
+        connection.close()
+        pool.putconn(connection)
+
+
+def _execute(
+    connection: psycopg.Connection[TupleRow], sql: bytes, parameters: dict[str, Any]
+) -> psycopg.Cursor[TupleRow]:
+    """Run a statement, and again where PostgreSQL gave it up in favour of another: it has done nothing then.
+
+    PostgreSQL does so where a database's default isolation is stricter than READ COMMITTED, and to end a deadlock.
+    """
+    for _ in range(_ATTEMPTS):
+        with suppress(psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+            return connection.execute(sql, parameters)
+    return connection.execute(sql, parameters)
+
+
+@cache
 def check(url: str) -> None:
-    """Refuse a DATABASE_URL that libpq would not understand.
+    """Refuse a DATABASE_URL that libpq does not understand.
 
     Raises:
         StartError: libpq's reason.
 
     """
     try:
-        conninfo_to_dict(url)
-    except psycopg.ProgrammingError as error:
-        raise StartError(f"DATABASE_URL: {error}") from error
+        # libpq looks at some values only when it connects: so it is asked to, where nobody listens.
+        hosts = str(conninfo_to_dict(url).get("host", "")).split(",")
+        psycopg.connect(make_conninfo(url, host=",".join([_NOWHERE] * len(hosts)), hostaddr=""))
+    except psycopg.Error as error:
+        if _NOWHERE not in str(error):
+            raise StartError(f"DATABASE_URL: {error}") from error
 
 
-def split_password(conninfo: str) -> tuple[str, str | None]:
-    """Take the password out of a connection string, which other users of the machine can read in ``ps``."""
-    parts = conninfo_to_dict(conninfo)
-    password = parts.pop("password", None)
-    return make_conninfo("", **parts), str(password) if password else None
+def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
+    """Spread a connection string over libpq's environment variables; what none takes is left over as a string.
+
+    Other users of the machine can read a command's arguments, but not its environment.
+    """
+    names = {option.keyword.decode(): option.envvar for option in Conninfo.get_defaults() if option.envvar}
+    parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    variables = {names[name].decode(): value for name, value in parts.items() if name in names}
+    return variables, make_conninfo("", **{name: value for name, value in parts.items() if name not in names})

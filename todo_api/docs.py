@@ -97,16 +97,26 @@ def init_app(app: Flask) -> Api:
 
 def _failure(status: int, kind: str, detail: str) -> dict[str, Any]:
     """Document a failure: its description, an example of each problem it can be, and its headers."""
-    examples = {kind: {"value": problems.body(status, kind, detail, "/api/tasks")}}
+    examples = {kind: problems.body(status, kind, detail, "/api/tasks")}
     if status == HTTPStatus.BAD_REQUEST:
-        too_long = "Title exceeds maximum length of 200 characters"
-        errors = [{"pointer": "#/title", "detail": too_long}]
-        examples["validation_error"] = {
-            "value": problems.body(status, "validation_error", too_long, "/api/tasks", errors)
+        errors = {
+            "invalid_body": {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
+            "invalid_query": {"parameter": "colour", "detail": "Unknown parameter"},
         }
+        examples |= {
+            name: problems.body(status, "validation_error", error["detail"], "/api/tasks", [error])
+            for name, error in errors.items()
+        }
+    if status == HTTPStatus.NOT_FOUND:
+        examples[kind] = problems.body(status, kind, "No such task", "/api/tasks/42")
     failure: dict[str, Any] = {
-        "description": f"{HTTPStatus(status).phrase}: {' or '.join(examples)}",
-        "content": {problems.MEDIA_TYPE: {"schema": schemas.Problem, "examples": examples}},
+        "description": HTTPStatus(status).phrase,
+        "content": {
+            problems.MEDIA_TYPE: {
+                "schema": schemas.Problem,
+                "examples": {name: {"value": example} for name, example in examples.items()},
+            }
+        },
     }
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         failure["headers"] = {

@@ -32,6 +32,8 @@ _NAME = "todo"  # the role that the service uses, and the database that the role
 _PATIENCE = 60  # seconds for a server that does not answer; one that recovers from a crash says so, and may take longer
 _users: dict[Path, int] = {}  # DATA_DIR -> this process's lock on its users.lock
 
+_known: set[Path] = set()  # the DATA_DIRs that this process uses, or one that it was forked from
+
 
 def start(data_dir: Path) -> str:
     """Start the server unless it runs, and give its connection string; it stops with the last process that uses it.
@@ -46,7 +48,7 @@ def start(data_dir: Path) -> str:
         data_dir = data_dir.resolve()
         cluster = data_dir / "postgres"
         with _locked(data_dir / "start.lock") as lock:
-            if data_dir not in _users:
+            if data_dir not in _users and data_dir not in _known:  # what was forked from a user ends before it
                 _users[data_dir] = _lock(data_dir / "users.lock", fcntl.LOCK_SH)
                 atexit.register(_leave, data_dir)
             if cluster.exists():
@@ -57,7 +59,9 @@ def start(data_dir: Path) -> str:
             _ensure_database(conninfo)
     except (OSError, UnicodeError) as error:
         raise StartError(f"DATA_DIR {data_dir}: {error}") from error
-    log.info("PostgreSQL is yours to look into: %s", shlex.join([psql(), conninfo]))
+    if data_dir not in _known:
+        log.info("PostgreSQL is yours to look into: %s", shlex.join([psql(), conninfo]))
+        _known.add(data_dir)
     return conninfo
 
 
@@ -86,6 +90,8 @@ def _leave(data_dir: Path) -> None:
     """Stop the server if no other process uses it."""
     if data_dir not in _users:
         return  # forked from the process that started it
+    # A second Ctrl-C, or gunicorn's next signal to a worker, would end this halfway.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
     # Somebody may have deleted the folder meanwhile; then there is nobody to take turns with.
     with _locked(data_dir / "start.lock") if data_dir.exists() else nullcontext():
         try:

@@ -8,9 +8,7 @@ import sys
 import time
 from typing import Any
 
-import gunicorn.util
-
-from todo_api import middleware, problems, startup
+from todo_api import middleware, startup
 from todo_api.config import ROOT, fail, load  # not "config", which is one of gunicorn's settings
 
 _settings = load()
@@ -40,6 +38,8 @@ def on_starting(server: Any) -> None:
     for address in server.cfg.address:  # not always HOST and PORT: ``python wsgi.py --bind`` goes before them
         if isinstance(address, tuple):
             _wait_for_port(*address)
+        else:
+            server.cfg.set("reuse_port", "false")  # Unix sockets have no such thing
     startup.prepare_or_fail(_settings)
 
 
@@ -67,9 +67,8 @@ def _wait_for_port(host: str, port: int) -> None:
             time.sleep(0.1)
 
 
-def _write_problem(sock: socket.socket, status: int, reason: str, _message: str) -> None:
-    gunicorn.util.write_nonblock(sock, problems.raw_answer(status, reason))
-
-
-# gunicorn has no hook for the answer to a request that it can't read, and writes HTML.
-gunicorn.util.write_error = _write_problem
+def pre_request(_worker: Any, request: Any) -> None:
+    """Announce that the connection closes after a request whose body may be left unread, as gunicorn then does."""
+    headers = dict(request.headers)
+    if "TRANSFER-ENCODING" in headers or int(headers.get("CONTENT-LENGTH", 0)) > _settings.max_body_bytes:
+        request.force_close()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from flask import Request
@@ -26,14 +27,19 @@ class Parser(FlaskParser):
     }
 
     def load_json(self, req: Request, _schema: Schema) -> Any:
-        """Give the body's JSON value."""
-        return parse(read(req))
+        """Give the body's JSON object."""
+        body = parse(read(req))
+        if not isinstance(body, dict):
+            raise ValidationFailed([{"pointer": "#", "detail": "The body must be a JSON object"}])
+        return body
 
     def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Raise what the schema refused as a problem."""
         raise ValidationFailed(violations(error.messages_dict)) from error
 
 
+_PIECE = 64 * 1024
+_DISCARDED = 16 * _PIECE  # bytes of a body that is too large; who sends more finds the connection closed
 # What a PostgreSQL text cannot hold though JSON can spell it: NUL, and half a surrogate pair.
 _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 
@@ -51,34 +57,38 @@ def read(req: Request) -> bytes:
     accepted = [JSON, MERGE_PATCH] if req.method == "PATCH" else [JSON]
     if not data:
         raise MalformedRequest("The request has no body; it takes a JSON object")
-    if req.mimetype not in accepted or req.headers.get("Content-Encoding", "identity") != "identity":
+    if req.mimetype not in accepted or req.headers.get("Content-Encoding", "").lower() not in {"", "identity"}:
         raise UnsupportedMediaType(f"The body must be {' or '.join(accepted)}, without a Content-Encoding")
     return data
 
 
 def _read_whole(req: Request, limit: int) -> bytes:
     # Not through werkzeug's stream: it cuts a chunked body at the limit, and takes a truncated one for whole.
-    length = req.content_length
-    if length is None:
-        # A chunked body, or none; one byte more than the limit tells a full body from one that goes on.
-        length, announced = (limit + 1 if req.environ.get("wsgi.input_terminated") else 0), 0
-    else:
-        announced = length
-    if announced > limit:
-        raise _too_large(limit)
+    length = req.content_length  # None for a chunked body or none; the middleware has held it against the limit
+    if length is None and not req.environ.get("wsgi.input_terminated"):
+        return b""
     try:
-        data: bytes = req.environ["wsgi.input"].read(length)
+        # One byte more than the limit tells a chunked body that ends there from one that goes on.
+        data: bytes = req.environ["wsgi.input"].read(limit + 1 if length is None else length)
     except (OSError, ParseException) as error:
         raise MalformedRequest("The body did not arrive whole") from error
     if len(data) > limit:
-        raise _too_large(limit)
-    if len(data) < announced:
+        raise too_large(req)
+    if len(data) < (length or 0):
         raise MalformedRequest("The body is shorter than its Content-Length")
     return data
 
 
-def _too_large(limit: int) -> RequestEntityTooLarge:
-    return RequestEntityTooLarge(f"The body is larger than {limit} bytes")
+def too_large(req: Request) -> RequestEntityTooLarge:
+    """Refuse a body that is over the limit, after reading some more of it.
+
+    A connection that closes with much of a body unread is reset, and the client may never see the answer.
+    """
+    with suppress(OSError, ParseException):
+        for _ in range(_DISCARDED // _PIECE):
+            if not req.environ["wsgi.input"].read(_PIECE):
+                break
+    return RequestEntityTooLarge(f"The body is larger than {req.max_content_length} bytes")
 
 
 def parse(data: bytes) -> Any:

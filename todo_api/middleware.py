@@ -1,4 +1,4 @@
-"""What every request gets: an id, a line in the log, and headers that make browsers careful."""
+"""What every request gets: an id, a limit for its body, a line in the log, and headers that make browsers careful."""
 
 import logging
 import re
@@ -8,6 +8,8 @@ import uuid
 from urllib.parse import quote
 
 from flask import Flask, Response, g, request
+
+from todo_api.json_body import too_large
 
 access_log = logging.getLogger("todo_api.access")
 
@@ -38,6 +40,8 @@ def request_id() -> str:
 def _begin() -> None:
     g.started = time.perf_counter()
     g.request_id = request_id()
+    if (request.content_length or 0) > (request.max_content_length or 0):
+        raise too_large(request)
 
 
 def _end(response: Response) -> Response:

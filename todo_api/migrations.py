@@ -71,6 +71,7 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
     migrations = _read(folder)
     try:
         with _Backend(conninfo) as backend, backend.transaction():
+            _check_encoding(backend.connection)
             _run(backend, "migration_isolation")
             _run(backend, "migration_lock")
             internalmigrations.upgrade(backend)
@@ -83,6 +84,12 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
         raise
     except psycopg.Error as error:
         raise StartError(f"the migrations can't be applied: {str(error).partition(chr(10))[0]}") from error
+
+
+def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise StartError(f"the database's encoding is {encoding}; to hold any text it must be UTF8")
 
 
 def _read(folder: Path) -> MigrationList:

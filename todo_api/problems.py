@@ -2,14 +2,19 @@
 
 import http
 import json
+import logging
+import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import gunicorn.util
 import psycopg
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import BadRequest, HTTPException, InternalServerError, ServiceUnavailable
+
+log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -69,8 +74,7 @@ def violations(messages: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _pointer(name: str) -> str:
-    # RFC 6901, section 6: as a URI fragment. marshmallow says _schema where it means the whole body.
-    return "#" if name == "_schema" else "#/" + quote(name.replace("~", "~0").replace("/", "~1"), safe="~")
+    return "#/" + quote(name.replace("~", "~0").replace("/", "~1"), safe="~")  # a URI fragment: RFC 6901, section 6
 
 
 def body(
@@ -124,10 +128,18 @@ def answer_database_error(error: psycopg.Error) -> Response:
 def init_app(app: Flask) -> None:
     """Answer database errors; flask-smorest's handler, in docs.Api, passes everything else to ``answer``."""
     app.register_error_handler(psycopg.Error, answer_database_error)
+    # gunicorn has no hook for its answer to a request that it can't read, which is HTML.
+    gunicorn.util.write_error = _answer_unread
 
 
-def raw_answer(status: int, reason: str) -> bytes:
-    """Write a whole HTTP answer for a request that gunicorn could not read, so that no application ever saw it."""
+def _answer_unread(connection: socket.socket, status: int, reason: str, message: str) -> None:
+    """Answer a request that gunicorn could not read, so that no application saw it."""
+    request_id = uuid.uuid4().hex
+    log.warning("unreadable request: %d %s %r %s", status, reason, message, request_id)
+    gunicorn.util.write_nonblock(connection, _raw_answer(status, reason, request_id))
+
+
+def _raw_answer(status: int, reason: str, request_id: str) -> bytes:
     kind, detail = KINDS.get(status, (reason.lower().replace(" ", "_"), reason))
     content = json.dumps(body(status, kind, detail, "")).encode()
     head = {
@@ -135,7 +147,7 @@ def raw_answer(status: int, reason: str) -> bytes:
         "Content-Type": MEDIA_TYPE,
         "Content-Length": len(content),
         "X-Content-Type-Options": "nosniff",
-        "X-Request-ID": uuid.uuid4().hex,
+        "X-Request-ID": request_id,
     }
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in head.items()), "", ""]
     return "\r\n".join(lines).encode("ascii") + content

@@ -66,7 +66,6 @@ class TaskChanges(Schema):
 
     error_messages = {
         "unknown": "Not a member that can be sent; these are title, description and completed",
-        "type": "The body must be a JSON object",
     }
 
     title = _title(required=False)

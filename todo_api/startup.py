@@ -8,11 +8,13 @@ from todo_api.config import Settings
 
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_prepared: dict[Settings, str] = {}
+_migrated: set[str] = set()
 
 
 def prepare(settings: Settings) -> str:
-    """Make the database ready, once in this process and those forked from it, and give its connection string.
+    """Make the database ready and give its connection string; migrations are looked at once in a process and its forks.
+
+    The pool calls this for each connection, so that an embedded server that was killed is started again.
 
     Raises:
         StartError: it can't be made ready: a person has to do something.
@@ -20,11 +22,11 @@ def prepare(settings: Settings) -> str:
 
     """
     with _lock:
-        if settings not in _prepared:
-            conninfo = find(settings)
+        conninfo = find(settings)
+        if conninfo not in _migrated:
             migrations.apply(conninfo)
-            _prepared[settings] = conninfo
-        return _prepared[settings]
+            _migrated.add(conninfo)
+        return conninfo
 
 
 def find(settings: Settings) -> str:

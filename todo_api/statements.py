@@ -5,6 +5,7 @@ text. Lines that start with a backslash, before the statement, give psql its def
 psql would replace or might read differently is refused when the file is loaded, not when somebody calls it.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ def parse(name: str, text: str) -> Statement:
     )
 
 
+@functools.cache
 def load(folder: Path = SQL) -> dict[str, Statement]:
     """Read every statement below a folder; ``tasks/list`` is the name of ``tasks/list.sql``.
 

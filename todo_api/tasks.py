@@ -15,6 +15,7 @@ from todo_api.schemas import EXAMPLE, NewTask, Task, TaskChanges, TaskQuery
 LIST_LIMIT = 10_000
 NO_SUCH_TASK = "No such task"
 _LOCATION = {"description": "Where the task is.", "schema": {"type": "string", "format": "uri-reference"}}
+_CHANGES = {"schema": TaskChanges, "example": {"description": None}}
 _LARGEST_ID = 2**63 - 1  # PostgreSQL's bigint
 
 blueprint = Blueprint("tasks", __name__, url_prefix="/api/tasks", description="Things to do.")
@@ -80,7 +81,7 @@ def get_task(task_id: int) -> Response:
 @blueprint.route("/<task_id:task_id>", methods=["PATCH"])
 @blueprint.arguments(TaskChanges, example={"completed": True})
 @blueprint.response(200, Task, example=EXAMPLE)
-@documented(400, 404, 413, 415, 500, 503, requestBody={"content": {MERGE_PATCH: {"schema": TaskChanges}}})
+@documented(400, 404, 413, 415, 500, 503, requestBody={"content": {MERGE_PATCH: _CHANGES}})
 def update_task(changes: dict[str, Any], task_id: int) -> Response:
     """Change a task.
 

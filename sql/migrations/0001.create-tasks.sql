@@ -22,7 +22,10 @@ CREATE TABLE tasks (
     ),
     CONSTRAINT description_is_at_most_2000_characters CHECK (char_length(description) <= 2000),
     CONSTRAINT version_is_positive CHECK (version > 0),
-    CONSTRAINT times_are_finite CHECK (isfinite(created_at) AND isfinite(updated_at)),
+    CONSTRAINT times_are_of_rfc_3339 CHECK (
+        created_at >= '0001-01-01 00:00:00+00'
+        AND updated_at < '10000-01-01 00:00:00+00'
+    ),
     CONSTRAINT updated_at_is_not_before_created_at CHECK (updated_at >= created_at)
 );
 
