@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
@@ -252,8 +253,7 @@ def test_yoyo_rolls_back_what_was_applied_and_it_can_be_applied_again(database: 
 def yoyo_url(database: str) -> str:
     """Give a connection string in the form that yoyo's own command line takes."""
     parts = {name: str(value) for name, value in conninfo_to_dict(database).items()}
-    host = f"?host={parts['host']}&port={parts['port']}"
-    return f"postgresql+psycopg://{parts['user']}@/{parts['dbname']}{host}"
+    return f"postgresql+psycopg://{parts.pop('user')}@/{parts.pop('dbname')}?{urlencode(parts)}"
 
 
 def test_a_user_id_without_a_passwd_entry_can_migrate(database: str) -> None:
