@@ -3,7 +3,7 @@
 import click
 from flask import Flask
 
-from todo_api import commands, config, database, docs, health, middleware, problems, startup, tasks
+from todo_api import commands, config, database, docs, health, middleware, openapi, problems, startup, tasks
 
 
 def create_app(settings: config.Settings | None = None) -> Flask:
@@ -13,11 +13,11 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
     app.url_map.merge_slashes = False  # two slashes are another URL: a 404, not a redirect
 
-    middleware.init_app(app)
+    middleware.init_app(app, settings.cors_origins)
     problems.init_app(app)
     database.init_app(app, lambda: startup.prepare(settings), connections=settings.web_threads)
-    api = docs.init_app(app)
-    tasks.init_app(app, api)
+    tasks.init_app(app, openapi.init_app(app))
+    docs.init_app(app)
     app.register_blueprint(health.blueprint)
     commands.init_app(app, settings)
 

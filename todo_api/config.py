@@ -28,6 +28,7 @@ class Settings:
     web_threads: int = 4
     user_id: str = "local"
     max_body_bytes: int = 64 * 1024
+    cors_origins: tuple[str, ...] = ()
 
 
 class StartError(Exception):
@@ -71,6 +72,7 @@ def _read() -> Settings:
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=validate.Range(1, 256)),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _is_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
+        cors_origins=tuple(env.list("CORS_ORIGINS", [], validate=_are_origins)),
     )
 
 
@@ -100,6 +102,15 @@ def _has_home(path: Path) -> None:
         path.expanduser()
     except RuntimeError as error:  # ~ of nobody known
         raise ValidationError(f"{error}") from error
+
+
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?|\*")
+
+
+def _are_origins(origins: list[str]) -> None:
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValidationError("Each must be an origin such as https://app.example.com, in small letters, or *.")
 
 
 def _is_text(text: str) -> None:

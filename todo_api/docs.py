@@ -1,19 +1,13 @@
-"""The OpenAPI document, which flask-smorest writes from the blueprints and schemas, and the page that shows it."""
+"""The page that shows the OpenAPI document."""
 
 from collections.abc import Callable
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flask_smorest
 import flask_swagger_ui
 from flask import Blueprint as FlaskBlueprint
 from flask import Flask, Response, redirect, send_from_directory, url_for
-from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as BaseResponse
-
-from todo_api import problems, schemas
-from todo_api.json_body import Parser
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -43,86 +37,13 @@ _SCRIPT = """SwaggerUIBundle({
 });
 """
 
-_INFO = {
-    "description": "Tasks over PostgreSQL. Every failure is an `application/problem+json` answer (RFC 9457).",
-}
 
 pages = FlaskBlueprint("docs", __name__)
 
 
-class Blueprint(flask_smorest.Blueprint):  # type: ignore[misc]
-    """flask-smorest's blueprint, with the strict parser."""
-
-    ARGUMENTS_PARSER = Parser()
-
-
-class Api(flask_smorest.Api):  # type: ignore[misc]
-    """flask-smorest's API, with problems for failures."""
-
-    ERROR_SCHEMA = schemas.Problem
-    DEFAULT_ERROR_RESPONSE_NAME = None  # each call lists its own failures
-
-    def handle_http_exception(self, error: HTTPException) -> Response:
-        """Answer with a problem; flask-smorest's own answer would drop headers such as Allow."""
-        return problems.answer(error)
-
-
-def documented(*failures: int, **operation: Any) -> Callable[[View], View]:
-    """Add to a call's documentation: its name, the statuses it can fail with, and what else is given."""
-
-    def decorate(view: View) -> View:
-        responses = {status: problems.KINDS[status][0] for status in failures}
-        described: View = Blueprint.doc(operationId=view.__name__, responses=responses, **operation)(view)
-        return described
-
-    return decorate
-
-
-def init_app(app: Flask) -> Api:
-    """Give the application its document and its page."""
-    app.config.update(
-        API_TITLE="todo API",
-        API_VERSION="1.0.0",
-        OPENAPI_VERSION="3.1.0",
-        OPENAPI_URL_PREFIX="/",
-        OPENAPI_JSON_PATH="openapi.json",
-    )
-    api = Api(app, spec_kwargs={"info": _INFO, "servers": [{"url": "/"}]})
-    api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest's, whether used or not
-    for status, (kind, detail) in problems.KINDS.items():
-        api.spec.components.response(kind, _failure(status, kind, detail), lazy=True)
+def init_app(app: Flask) -> None:
+    """Give the application the page of its document."""
     app.register_blueprint(pages)
-    return api
-
-
-def _failure(status: int, kind: str, detail: str) -> dict[str, Any]:
-    """Document a failure: its description, an example of each problem it can be, and its headers."""
-    examples = {kind: problems.body(status, kind, detail, "/api/tasks")}
-    if status == HTTPStatus.BAD_REQUEST:
-        errors = {
-            "invalid_body": {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
-            "invalid_query": {"parameter": "colour", "detail": "Unknown parameter"},
-        }
-        examples |= {
-            name: problems.body(status, "validation_error", error["detail"], "/api/tasks", [error])
-            for name, error in errors.items()
-        }
-    if status == HTTPStatus.NOT_FOUND:
-        examples[kind] = problems.body(status, kind, "No such task", "/api/tasks/42")
-    failure: dict[str, Any] = {
-        "description": HTTPStatus(status).phrase,
-        "content": {
-            problems.MEDIA_TYPE: {
-                "schema": schemas.Problem,
-                "examples": {name: {"value": example} for name, example in examples.items()},
-            }
-        },
-    }
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        failure["headers"] = {
-            "Retry-After": {"description": "Seconds until a retry makes sense.", "schema": {"type": "integer"}}
-        }
-    return failure
 
 
 @pages.get("/")

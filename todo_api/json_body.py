@@ -4,6 +4,7 @@ import json
 import re
 from contextlib import suppress
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl
 
 from flask import Request
 from gunicorn.http.errors import ParseException
@@ -32,6 +33,19 @@ class Parser(FlaskParser):
         if not isinstance(body, dict):
             raise ValidationFailed([{"pointer": "#", "detail": "The body must be a JSON object"}])
         return body
+
+    def load_querystring(self, req: Request, _schema: Schema) -> dict[str, str]:
+        """Give the query's parameters; none may come twice, and none is changed so that it fits."""
+        try:
+            pairs = parse_qsl(req.query_string.decode(), keep_blank_values=True, errors="strict")
+        except UnicodeDecodeError as error:
+            raise MalformedRequest("The query is not UTF-8") from error
+        parameters = dict(pairs)
+        if len(parameters) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted(name for name in parameters if names.count(name) > 1)
+            raise ValidationFailed([{"parameter": name, "detail": "Given more than once"} for name in twice])
+        return parameters
 
     def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Raise what the schema refused as a problem."""

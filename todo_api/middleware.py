@@ -5,9 +5,11 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from flask import Flask, Response, g, request
+from flask_cors import CORS
 
 from todo_api.json_body import too_large
 
@@ -24,9 +26,19 @@ def configure_logging() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def init_app(app: Flask) -> None:
+def init_app(app: Flask, cors_origins: Sequence[str]) -> None:
     """Put this around each request of the application."""
     configure_logging()
+    if cors_origins:
+        CORS(
+            app,
+            resources="/api/*",
+            origins=list(cors_origins),
+            methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
+            allow_headers=["Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
+            expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Request-ID"],
+            max_age=600,  # seconds until a browser asks again whether it may
+        )
     app.before_request(_begin)
     app.after_request(_end)
 

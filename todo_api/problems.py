@@ -12,7 +12,7 @@ from urllib.parse import quote
 import gunicorn.util
 import psycopg
 from flask import Flask, Response, current_app, request
-from werkzeug.exceptions import BadRequest, HTTPException, InternalServerError, ServiceUnavailable
+from werkzeug.exceptions import BadRequest, HTTPException, InternalServerError, PreconditionFailed, ServiceUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,19 @@ class ValidationFailed(BadRequest):
         """Say all that is wrong in the problem's detail, too."""
         super().__init__("; ".join(dict.fromkeys(error["detail"] for error in errors)))
         self.errors = errors
+
+
+class VersionMismatch(PreconditionFailed):
+    """The task is not at the version that If-Match names; the answer says at which it is."""
+
+    def __init__(self, etag: str) -> None:
+        """Keep the task's ETag for the answer."""
+        super().__init__(f"The task is at {etag} by now")
+        self.etag = etag
+
+    def get_headers(self, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+        """Add the ETag."""
+        return [*super().get_headers(*args, **kwargs), ("ETag", self.etag)]
 
 
 # The one table from what PostgreSQL and psycopg raise to what HTTP says; the first line that fits counts.

@@ -1,11 +1,13 @@
 """What comes in and what goes out: marshmallow schemas, which are also the schemas of the OpenAPI document."""
 
+import re
 from typing import Any
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
 TITLE_LENGTH = 200
 DESCRIPTION_LENGTH = 2000
+LIST_LIMIT = 10_000
 # What str.isspace() calls white space: Unicode's, and four separators. The table's constraint lists the same.
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
@@ -117,8 +119,28 @@ class Task(Schema):
     )
 
 
+class Limit(fields.Integer):
+    """A number of tasks, in plain digits: ``int()`` would take ``+5``, ``5_0`` and digits of other scripts, too."""
+
+    def _deserialize(self, value: Any, *_args: Any, **_kwargs: Any) -> int:
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+def _is_cursor(after: str) -> None:
+    cursor = re.fullmatch("-?[0-9]{1,17}_([0-9]{1,19})", after)
+    if not cursor or int(cursor[1]) >= 2**63:
+        raise ValidationError("After must be a cursor, from the link to the next page")
+
+
+def _is_text(text: str) -> None:
+    if "\0" in text:
+        raise ValidationError("No text has a NUL")
+
+
 class TaskQuery(Schema):
-    """The query of the list: it takes no parameter yet."""
+    """Which tasks to list."""
 
     class Meta:
         """Refuse what is not a parameter."""
@@ -126,6 +148,29 @@ class TaskQuery(Schema):
         unknown = RAISE
 
     error_messages = {"unknown": "Unknown parameter"}
+
+    limit = Limit(
+        validate=validate.Range(1, LIST_LIMIT, error="Limit must be between {min} and {max}"),
+        error_messages={"invalid": "Limit must be a whole number"},
+        metadata={"description": "How many tasks at most.", "default": LIST_LIMIT, "example": 50},
+    )
+    after = fields.String(
+        validate=_is_cursor,
+        metadata={"description": "Where the page before ended: part of its link to the next page, which see."},
+    )
+    completed = fields.Boolean(
+        truthy={"true"},
+        falsy={"false"},
+        error_messages={"invalid": "Completed must be true or false"},
+        metadata={"description": "Only tasks that are completed, or only those that are not."},
+    )
+    q = fields.String(
+        validate=_is_text,
+        metadata={
+            "description": "Only tasks with this text in the title or the description, in upper or lower case.",
+            "example": "milk",
+        },
+    )
 
 
 class Violation(Schema):

@@ -93,13 +93,28 @@ def parse(name: str, text: str) -> Statement:
     rows = _TOKEN.sub(replace, statement).strip()
     if not rows:
         raise StatementError(f"{name}.sql holds no statement")
+    wrapped = _as_row(name, rows)
     return Statement(
         name=name,
         parameters=frozenset(parameters),
         rows=rows.encode(),
-        row_json=f"WITH row AS ({rows}) SELECT row_to_json(row) FROM row".encode(),
-        rows_json=f"WITH row AS ({rows}) SELECT coalesce(json_agg(row), '[]') FROM row".encode(),
+        row_json=f"{wrapped} SELECT row_to_json(row) FROM row".encode(),
+        rows_json=f"{wrapped} SELECT coalesce(json_agg(row), '[]') FROM row".encode(),
     )
+
+
+def _as_row(name: str, rows: str) -> str:
+    """Make a statement the last part of a WITH.
+
+    One that has a WITH of its own keeps that at the top, where PostgreSQL wants the parts that write.
+    """
+    if not rows.startswith("WITH"):
+        return f"WITH row AS ({rows})"
+    # sqlfluff keeps the parts indented: what stands at the left edge is the statement itself.
+    parts, *statement = re.split(r"(?m)^(?=(?:SELECT|INSERT|UPDATE|DELETE)\b)", rows)
+    if len(statement) != 1:
+        raise StatementError(f"{name}.sql: after its WITH, one SELECT, INSERT, UPDATE or DELETE begins a line")
+    return f"{parts.rstrip()}, row AS ({statement[0]})"
 
 
 @functools.cache

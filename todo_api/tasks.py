@@ -1,21 +1,20 @@
 """The six calls under /api/tasks: HTTP only."""
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
-from flask import Flask, Response, abort, url_for
+from flask import Flask, Response, abort, request, url_for
 from werkzeug.routing import BaseConverter
 
-from todo_api import database
-from todo_api.docs import Api, Blueprint, documented
+from todo_api import conditions, database, pages
 from todo_api.identity import current_user
 from todo_api.json_body import MERGE_PATCH
-from todo_api.schemas import EXAMPLE, NewTask, Task, TaskChanges, TaskQuery
+from todo_api.openapi import Api, Blueprint, answers_with, documented
+from todo_api.problems import MalformedRequest, VersionMismatch
+from todo_api.schemas import EXAMPLE, LIST_LIMIT, NewTask, Task, TaskChanges, TaskQuery
 
-LIST_LIMIT = 10_000
+KEY_LENGTH = 255
 NO_SUCH_TASK = "No such task"
-_LOCATION = {"description": "Where the task is.", "schema": {"type": "string", "format": "uri-reference"}}
-_CHANGES = {"schema": TaskChanges, "example": {"description": None}}
 _LARGEST_ID = 2**63 - 1  # PostgreSQL's bigint
 
 blueprint = Blueprint("tasks", __name__, url_prefix="/api/tasks", description="Things to do.")
@@ -39,76 +38,120 @@ def init_app(app: Flask, api: Api) -> None:
     api.register_blueprint(blueprint)
 
 
-def _one(task: bytes | None, status: int = 200) -> Response:
-    return Response(task or abort(404, NO_SUCH_TASK), status, mimetype="application/json")
+def _refused(task_id: int) -> NoReturn:
+    """Say why a statement changed nothing: there is no such task, or it is at another version than If-Match names."""
+    task = database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id)
+    if task is None or not conditions.has_if_match():
+        abort(404, NO_SUCH_TASK)
+    raise VersionMismatch(conditions.etag_of(task))
 
 
 @blueprint.route("")
 @blueprint.arguments(TaskQuery, location="query")
-@blueprint.response(200, Task(many=True), example=[EXAMPLE])
-@documented(400, 500, 503)
-def list_tasks(_query: dict[str, Any]) -> Response:
+@blueprint.response(200, Task(many=True), example=[EXAMPLE], headers=answers_with("ETag", "Link"))
+@documented(304, 400, 500, 503, takes=["If-None-Match"])
+def list_tasks(query: dict[str, Any]) -> Response:
     """List tasks.
 
-    Your tasks, newest first, at most 10 000 of them. No tasks is an empty array.
+    Your tasks, newest first. Where there are more than `limit`, the `Link` header leads to the next page; follow it
+    as it is. A page begins where the one before ended, whatever was created or deleted meanwhile.
     """
-    tasks = database.fetch_json_list("tasks/list", user_id=current_user(), limit=LIST_LIMIT)
-    return Response(tasks, mimetype="application/json")
+    limit = query.get("limit", LIST_LIMIT)
+    tasks = database.fetch_json_list(
+        "tasks/list",
+        user_id=current_user(),
+        limit=limit + 1,  # to see whether there is a next page
+        completed=json.dumps(query["completed"]) if "completed" in query else "",
+        q=query.get("q", ""),
+        after=query.get("after", pages.FIRST),
+    )
+    page, cursor = pages.cut(tasks, limit)
+    response = Response(page, mimetype="application/json", headers={"Cache-Control": conditions.CACHE})
+    response.add_etag(weak=True)
+    if cursor:
+        response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
+    return conditions.unless_known(response)
 
 
 @blueprint.route("", methods=["POST"])
 @blueprint.arguments(NewTask, example={"title": "Buy milk"})
-@blueprint.response(201, Task, example=EXAMPLE, headers={"Location": _LOCATION})
-@documented(400, 413, 415, 500, 503)
+@blueprint.response(201, Task, example=EXAMPLE, headers=answers_with("Location", "ETag"))
+@documented(400, 413, 415, 422, 500, 503, takes=["Idempotency-Key"])
 def create_task(task: dict[str, Any]) -> Response:
     """Create a task.
 
-    Only the title is required. What is stored is what was sent, code point for code point.
+    Only the title is required. What is stored is what was sent, code point for code point. With an `Idempotency-Key`
+    the request can be sent again without creating another task.
     """
-    created = _one(database.fetch_json("tasks/create", user_id=current_user(), task=json.dumps(task)), 201)
-    created.location = url_for("tasks.get_task", task_id=json.loads(created.data)["id"])
-    return created
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        created = database.fetch_json("tasks/create", user_id=current_user(), task=json.dumps(task))
+    elif 1 <= len(key) <= KEY_LENGTH:
+        created = database.fetch_json(
+            "tasks/create_once", user_id=current_user(), task=json.dumps(task), idempotency_key=key
+        )
+    else:
+        raise MalformedRequest(f"Idempotency-Key must have 1 to {KEY_LENGTH} characters")
+    response = conditions.answer(created or abort(422), 201)
+    response.location = url_for("tasks.get_task", task_id=json.loads(response.data)["id"])
+    return response
 
 
 @blueprint.route("/<task_id:task_id>")
-@blueprint.response(200, Task, example=EXAMPLE)
-@documented(404, 500, 503)
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
+@documented(304, 404, 500, 503, takes=["If-None-Match"])
 def get_task(task_id: int) -> Response:
-    """Get a task."""
-    return _one(database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id))
+    """Get a task.
+
+    With the `ETag` of an earlier answer in `If-None-Match`, a task that has not changed since is a 304.
+    """
+    task = database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id)
+    return conditions.unless_known(conditions.answer(task or abort(404, NO_SUCH_TASK)))
 
 
 @blueprint.route("/<task_id:task_id>", methods=["PATCH"])
 @blueprint.arguments(TaskChanges, example={"completed": True})
-@blueprint.response(200, Task, example=EXAMPLE)
-@documented(400, 404, 413, 415, 500, 503, requestBody={"content": {MERGE_PATCH: _CHANGES}})
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
+@documented(
+    *(400, 404, 412, 413, 415, 500, 503),
+    takes=["If-Match"],
+    requestBody={"content": {MERGE_PATCH: {"schema": TaskChanges, "example": {"description": None}}}},
+)
 def update_task(changes: dict[str, Any], task_id: int) -> Response:
     """Change a task.
 
     A JSON Merge Patch (RFC 7396): members that are absent stay as they are, `null` clears the description, and `{}`
     changes nothing.
     """
-    changed = database.fetch_json("tasks/update", user_id=current_user(), task_id=task_id, changes=json.dumps(changes))
-    return _one(changed)
+    task = database.fetch_json(
+        "tasks/update",
+        user_id=current_user(),
+        task_id=task_id,
+        changes=json.dumps(changes),
+        if_match=conditions.if_match(),
+    )
+    return conditions.answer(task or _refused(task_id))
 
 
 @blueprint.route("/<task_id:task_id>", methods=["DELETE"])
-@blueprint.response(200, Task, example=EXAMPLE)
-@documented(404, 500, 503)
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
+@documented(404, 412, 500, 503, takes=["If-Match"])
 def delete_task(task_id: int) -> Response:
     """Delete a task.
 
     The answer is the task as it last was.
     """
-    return _one(database.fetch_json("tasks/delete", user_id=current_user(), task_id=task_id))
+    task = database.fetch_json("tasks/delete", user_id=current_user(), task_id=task_id, if_match=conditions.if_match())
+    return conditions.answer(task or _refused(task_id))
 
 
 @blueprint.route("/<task_id:task_id>/toggle", methods=["POST"])
-@blueprint.response(200, Task, example=EXAMPLE)
-@documented(404, 500, 503)
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
+@documented(404, 412, 500, 503, takes=["If-Match"])
 def toggle_task(task_id: int) -> Response:
     """Toggle a task.
 
     Flips `completed`; a body is not needed. Toggles at the same time all count.
     """
-    return _one(database.fetch_json("tasks/toggle", user_id=current_user(), task_id=task_id))
+    task = database.fetch_json("tasks/toggle", user_id=current_user(), task_id=task_id, if_match=conditions.if_match())
+    return conditions.answer(task or _refused(task_id))

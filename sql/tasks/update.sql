@@ -1,12 +1,14 @@
 -- Changes the members of a task that are given (JSON Merge Patch, RFC 7396) and shows it; no row where the user has
 -- no such task. Changes that leave the task as it is leave version and updated_at as they are.
 --
--- task_id  bigint  which task
--- changes  jsonb   any of {"title": string, "description": string or null, "completed": boolean}
--- user_id  text    whose task (psql: local)
+-- task_id   bigint    which task
+-- changes   jsonb     any of {"title": string, "description": string or null, "completed": boolean}
+-- user_id   text      whose task (psql: local)
+-- if_match  bigint[]  only if the task is at one of these versions; '{}' for any (psql: '{}')
 --
 -- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -v changes='{"completed": true}' -f sql/tasks/update.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
+\if :{?if_match} \else \set if_match '{}' \endif
 UPDATE tasks
 SET
     (title, description, completed, version, updated_at) = (
@@ -49,6 +51,7 @@ SET
 WHERE
     id = :'task_id'::bigint
     AND user_id = :'user_id'::text
+    AND (:'if_match'::bigint[] = '{}' OR version = any(:'if_match'::bigint[]))
 RETURNING
     id,
     title,

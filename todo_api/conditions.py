@@ -1,0 +1,45 @@
+"""Conditional requests (RFC 9110, section 13): a task's version is its ETag."""
+
+import json
+import re
+
+from flask import Response, request
+from werkzeug.http import quote_etag
+
+CACHE = "private, no-cache"  # a browser keeps the answer, and asks each time whether it is still good
+
+
+def answer(task: bytes, status: int = 200) -> Response:
+    """Answer with a task, as PostgreSQL wrote it, and its ETag."""
+    headers = {"ETag": etag_of(task), "Cache-Control": CACHE}
+    return Response(task, status, headers, mimetype="application/json")
+
+
+def etag_of(task: bytes) -> str:
+    """Give the ETag of a task."""
+    return quote_etag(str(json.loads(task)["version"]))
+
+
+def unless_known(response: Response) -> Response:
+    """Answer 304 without a body where If-None-Match has the answer's ETag."""
+    etag, _ = response.get_etag()
+    if not request.if_none_match.contains_weak(etag or ""):
+        return response
+    kept = {name: response.headers[name] for name in ("ETag", "Cache-Control", "Link") if name in response.headers}
+    return Response(status=304, headers=kept)
+
+
+def has_if_match() -> bool:
+    """Say whether the request names versions; ``*``, which any task matches, does not."""
+    return "If-Match" in request.headers and not request.if_match.star_tag
+
+
+def if_match() -> str:
+    """Give the versions that the request names as an array of PostgreSQL's: ``{}`` for any.
+
+    Only strong tags count, and what is no version is none: ``{0}`` matches no task.
+    """
+    if not has_if_match():
+        return "{}"
+    versions = [tag for tag in request.if_match.as_set() if re.fullmatch("[1-9][0-9]{0,17}", tag)]
+    return f"{{{','.join(versions or ['0'])}}}"

@@ -1,0 +1,161 @@
+"""The OpenAPI document, which flask-smorest writes from the blueprints and the schemas."""
+
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import flask_smorest
+from apispec import BasePlugin
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException
+
+from todo_api import problems, schemas
+from todo_api.json_body import Parser
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+_INFO = {
+    "summary": "Tasks over PostgreSQL.",
+    "description": "Every failure is an `application/problem+json` answer (RFC 9457). Every answer carries "
+    "`X-Request-ID`: the request's own, where it has a sane one.",
+    "contact": {"name": "The maintainers", "url": "/docs"},
+}
+_REQUEST_HEADERS = {
+    "If-None-Match": (
+        "ETags of answers that the client has; where one of them is still good, the answer is a 304 without a body.",
+        '"3"',
+    ),
+    "If-Match": (
+        "ETags of versions of the task; at another version it stays as it is, and the answer is a 412.",
+        '"3"',
+    ),
+    "Idempotency-Key": (
+        (
+            "The client's name for this request, 1 to 255 characters. Sent again with the same body it gets the first "
+            "answer again, for 24 hours at least, and creates nothing more; with another body it gets a 422."
+        ),
+        "3a1b6a3e-6a4f-4f0e-9d3c-5c4f3d8f2b7e",
+    ),
+}
+_ANSWER_HEADERS = {
+    "ETag": ("The version of what is answered.", {"type": "string"}, '"3"'),
+    "Link": (
+        'The next page, as a relative reference (RFC 8288) with rel="next"; absent on the last one.',
+        {"type": "string"},
+        '</api/tasks?limit=50&after=1768123800123456_42>; rel="next"',
+    ),
+    "Location": ("Where the task is.", {"type": "string", "format": "uri-reference"}, "/api/tasks/42"),
+    "Retry-After": ("In how many seconds a retry makes sense.", {"type": "integer"}, problems.RETRY_AFTER),
+    "X-Request-ID": ("The request's id, which the log has, too.", {"type": "string"}, "9f1c0f5e"),
+}
+
+
+class Blueprint(flask_smorest.Blueprint):  # type: ignore[misc]
+    """flask-smorest's blueprint, with the strict parser."""
+
+    ARGUMENTS_PARSER = Parser()
+
+
+class Api(flask_smorest.Api):  # type: ignore[misc]
+    """flask-smorest's API, with problems for failures."""
+
+    ERROR_SCHEMA = schemas.Problem
+    DEFAULT_ERROR_RESPONSE_NAME = None  # each call lists its own failures
+
+    def handle_http_exception(self, error: HTTPException) -> Response:
+        """Answer with a problem; flask-smorest's own answer would drop headers such as Allow."""
+        return problems.answer(error)
+
+
+class _Headers(BasePlugin):
+    """Adds the request headers that a call takes to its parameters, which flask-smorest would replace by them."""
+
+    def operation_helper(
+        self, path: str | None = None, operations: dict[Any, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Put a call's headers and answers in order."""
+        del path, kwargs
+        for operation in (operations or {}).values():
+            for name in operation.pop("x-takes", []):
+                operation.setdefault("parameters", []).append(_request_header(name))
+            # In order: success first, as people read.
+            operation["responses"] = dict(sorted(operation.get("responses", {}).items(), key=lambda item: int(item[0])))
+
+
+def documented(*statuses: int, takes: Sequence[str] = (), **operation: Any) -> Callable[[View], View]:
+    """Add to a call's documentation: its name, its other statuses, the request headers it takes, and what is given."""
+
+    def decorate(view: View) -> View:
+        responses = {status: _name(status) for status in statuses}
+        manual = {"operationId": view.__name__, "responses": responses, "x-takes": list(takes), **operation}
+        described: View = Blueprint.doc(**manual)(view)
+        return described
+
+    return decorate
+
+
+def answers_with(*names: str) -> dict[str, Any]:
+    """Document the headers of an answer; each has X-Request-ID."""
+    return {name: _answer_header(name) for name in (*names, "X-Request-ID")}
+
+
+def init_app(app: Flask) -> Api:
+    """Give the application its document, at /openapi.json."""
+    app.config.update(
+        API_TITLE="todo API",
+        API_VERSION="1.0.0",
+        OPENAPI_VERSION="3.1.0",
+        OPENAPI_URL_PREFIX="/",
+        OPENAPI_JSON_PATH="openapi.json",
+    )
+    # No call asks who is calling, yet.
+    spec = {"info": _INFO, "servers": [{"url": "/"}], "security": [], "extra_plugins": [_Headers()]}
+    api = Api(app, spec_kwargs=spec)
+    api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest's, whether used or not
+    not_modified = {"description": "What the client has is still good", "headers": answers_with("ETag")}
+    api.spec.components.response(_name(304), not_modified, lazy=True)
+    for status, (kind, detail) in problems.KINDS.items():
+        api.spec.components.response(_name(status), _failure(status, kind, detail), lazy=True)
+    return api
+
+
+def _name(status: int) -> str:
+    return "not_modified" if status == HTTPStatus.NOT_MODIFIED else problems.KINDS[status][0]
+
+
+def _request_header(name: str) -> dict[str, Any]:
+    description, example = _REQUEST_HEADERS[name]
+    return {"in": "header", "name": name, "description": description, "schema": {"type": "string"}, "example": example}
+
+
+def _answer_header(name: str) -> dict[str, Any]:
+    description, schema, example = _ANSWER_HEADERS[name]
+    return {"description": description, "schema": schema, "example": example}
+
+
+def _failure(status: int, kind: str, detail: str) -> dict[str, Any]:
+    """Document a failure: its description, an example of each problem it can be, and its headers."""
+    examples = {kind: problems.body(status, kind, detail, "/api/tasks")}
+    if status == HTTPStatus.BAD_REQUEST:
+        errors = {
+            "invalid_body": {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
+            "invalid_query": {"parameter": "colour", "detail": "Unknown parameter"},
+        }
+        examples |= {
+            name: problems.body(status, "validation_error", error["detail"], "/api/tasks", [error])
+            for name, error in errors.items()
+        }
+    if status == HTTPStatus.NOT_FOUND:
+        examples[kind] = problems.body(status, kind, "No such task", "/api/tasks/42")
+    failure: dict[str, Any] = {
+        "description": HTTPStatus(status).phrase,
+        "content": {
+            problems.MEDIA_TYPE: {
+                "schema": schemas.Problem,
+                "examples": {name: {"value": example} for name, example in examples.items()},
+            }
+        },
+    }
+    headers = {HTTPStatus.SERVICE_UNAVAILABLE: ["Retry-After"], HTTPStatus.PRECONDITION_FAILED: ["ETag"]}
+    failure["headers"] = answers_with(*headers.get(HTTPStatus(status), []))
+    return failure
