@@ -97,6 +97,22 @@ def test_the_curl_examples_run_one_after_the_other(running: tuple[Service, Path]
     assert json.loads(problem) == json.loads(shown[1])
 
 
+def test_the_examples_of_pages_conditions_and_retries_show_what_the_readme_says(
+    running: tuple[Service, Path],
+) -> None:
+    (variables,) = examples("TASKS=")
+    (pages, retries) = examples("for ")
+    (conditions,) = examples("TASK=")
+    page = run(*running, f"{variables}\n{pages}")
+    assert re.search(
+        r"^Link: </api/tasks\?q=MILK&completed=false&limit=2&after=\d+_\d+>; rel=\"next\"", page, re.MULTILINE
+    )
+    assert run(*running, f"{variables}\n{conditions}").split() == ["304", "200", "412"]
+    first, again = run(*running, f"{variables}\n{retries}").splitlines()
+    assert first == again
+    assert first.startswith("201 /api/tasks/")
+
+
 def test_the_psql_examples_run_beside_the_service(running: tuple[Service, Path]) -> None:
     (psql,) = examples("psql")
     assert "Buy milk" in run(*running, psql)
@@ -109,9 +125,9 @@ def test_the_psql_examples_run_beside_the_service(running: tuple[Service, Path])
     assert "two litres" in (running[1] / "copy.sql").read_text(encoding="utf-8")
 
 
-def test_the_url_example_starts_the_service() -> None:
-    (start,) = examples("DATABASE_URL=")
-    assert start.endswith("python wsgi.py")
+def test_the_examples_with_settings_start_the_service() -> None:
+    for start in (*examples("DATABASE_URL="), *examples("CORS_ORIGINS=")):
+        assert re.fullmatch(r"[A-Z_]+=\S+ \.venv/bin/python wsgi\.py", start)
 
 
 def test_the_tables_have_every_setting_and_every_problem() -> None:
@@ -119,7 +135,7 @@ def test_the_tables_have_every_setting_and_every_problem() -> None:
     settings = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row.split("|")[1])}
     assert settings == {name.upper() for name in Settings.__dataclass_fields__}
     listed = {(int(status), kind) for status, kind in re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)}
-    known = {(status, kind) for status, (kind, _) in problems.KINDS.items() if status not in {412, 422}}
+    known = {(status, kind) for status, (kind, _) in problems.KINDS.items()}
     assert listed == known | {(400, "validation_error")}
 
 
