@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -36,7 +37,7 @@ START_TIMEOUT = 60  # seconds; far more than a start takes, so that a busy machi
 
 def environment(**settings: object) -> dict[str, str]:
     """Give the environment for a command: this one without the service's settings and libpq's, then ``settings``."""
-    ours = ("DATABASE_URL", "DATA_DIR", "HOST", "PORT", "WEB_CONCURRENCY", "WEB_THREADS", "USER_ID", "MAX_BODY_BYTES")
+    ours = tuple(field.name.upper() for field in fields(config.Settings))
     kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
     return kept | {name: str(value) for name, value in settings.items()}
 
@@ -201,9 +202,10 @@ def client(service: Service) -> httpx.Client:
 
 @pytest.fixture
 def db(service: Service, conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:  # noqa: ARG001
-    """Give a connection to the service's database, which holds no tasks."""
+    """Give a connection to the service's database, which holds no tasks and no keys."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute("DELETE FROM tasks")
+        connection.execute("DELETE FROM idempotency_keys")
         yield connection
 
 

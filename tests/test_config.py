@@ -31,6 +31,7 @@ WRONG = [
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@127.0.0.1:99999/name"),
     ("MAX_BODY_BYTES", "1"),
     ("USER_ID", "x" * 256),
+    ("CORS_ORIGINS", "app.example"),
 ]
 ALSO_WRONG = [  # found by the same function, so that one process is enough
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}%@host/name"),
@@ -46,6 +47,16 @@ ALSO_WRONG = [  # found by the same function, so that one process is enough
     ("MAX_BODY_BYTES", "1e6"),
     ("USER_ID", "\udcff"),
     ("USER_ID", "two\nlines"),
+    ("CORS_ORIGINS", "https://app.example/"),
+    ("CORS_ORIGINS", "https://app.example/page"),
+    ("CORS_ORIGINS", "https://App.example"),
+    ("CORS_ORIGINS", "https://app.example,"),
+    ("CORS_ORIGINS", "https://app.example;https://other.example"),
+    ("CORS_ORIGINS", "https://*.example"),
+    ("CORS_ORIGINS", "https://user@app.example"),
+    ("CORS_ORIGINS", "https://app.example\n"),
+    ("CORS_ORIGINS", ".*"),
+    ("CORS_ORIGINS", "null"),
 ]
 
 
@@ -66,7 +77,9 @@ def settings(project: Path, **variables: str) -> config.Settings:
     done = run(project, ["-c", script], **variables)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
-    return config.Settings(**(values | {"data_dir": Path(values["data_dir"])}))
+    return config.Settings(
+        **(values | {"data_dir": Path(values["data_dir"]), "cors_origins": tuple(values["cors_origins"])})
+    )
 
 
 def run(project: Path, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -182,6 +195,12 @@ def test_the_defaults_are_those_of_the_class(project: Path) -> None:
     expected = asdict(config.Settings()) | {"data_dir": project / ".data"}
     del expected["web_concurrency"]
     assert found == expected
+
+
+def test_origins_are_listed_with_commas(project: Path) -> None:
+    assert settings(project).cors_origins == ()
+    found = settings(project, CORS_ORIGINS="https://app.example,http://localhost:3000")
+    assert found.cors_origins == ("https://app.example", "http://localhost:3000")
 
 
 def test_a_relative_data_dir_starts_at_the_project_and_a_tilde_at_home(project: Path) -> None:

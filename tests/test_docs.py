@@ -9,13 +9,22 @@ import pytest
 from .conftest import Service
 
 CALLS = {
-    ("get", "/api/tasks"): {200, 400, 500, 503},
-    ("post", "/api/tasks"): {201, 400, 413, 415, 500, 503},
-    ("get", "/api/tasks/{task_id}"): {200, 404, 500, 503},
-    ("patch", "/api/tasks/{task_id}"): {200, 400, 404, 413, 415, 500, 503},
-    ("delete", "/api/tasks/{task_id}"): {200, 404, 500, 503},
-    ("post", "/api/tasks/{task_id}/toggle"): {200, 404, 500, 503},
+    ("get", "/api/tasks"): {200, 304, 400, 500, 503},
+    ("post", "/api/tasks"): {201, 400, 413, 415, 422, 500, 503},
+    ("get", "/api/tasks/{task_id}"): {200, 304, 404, 500, 503},
+    ("patch", "/api/tasks/{task_id}"): {200, 400, 404, 412, 413, 415, 500, 503},
+    ("delete", "/api/tasks/{task_id}"): {200, 404, 412, 500, 503},
+    ("post", "/api/tasks/{task_id}/toggle"): {200, 404, 412, 500, 503},
 }
+REQUEST_HEADERS = {
+    ("get", "/api/tasks"): {"If-None-Match"},
+    ("post", "/api/tasks"): {"Idempotency-Key"},
+    ("get", "/api/tasks/{task_id}"): {"If-None-Match"},
+    ("patch", "/api/tasks/{task_id}"): {"If-Match"},
+    ("delete", "/api/tasks/{task_id}"): {"If-Match"},
+    ("post", "/api/tasks/{task_id}/toggle"): {"If-Match"},
+}
+ANSWER_HEADERS = {304: {"ETag"}, 412: {"ETag"}, 503: {"Retry-After"}}
 ASSETS = ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js", "docs/favicon-32x32.png", "docs/page.js"]
 
 
@@ -51,6 +60,9 @@ def test_each_answer_has_its_media_type_a_schema_and_an_example(
     document: dict[str, Any], method: str, path: str
 ) -> None:
     for status, response in document["paths"][path][method]["responses"].items():
+        if status == "304":  # without a body
+            assert "content" not in resolve(document, response)
+            continue
         content = resolve(document, response)["content"]
         assert list(content) == ["application/json" if int(status) < 400 else "application/problem+json"]
         (answer,) = content.values()
@@ -60,9 +72,35 @@ def test_each_answer_has_its_media_type_a_schema_and_an_example(
             assert set(schema["required"]) <= set(example) <= set(schema["properties"])
 
 
-def test_the_documented_headers_are_there(document: dict[str, Any]) -> None:
-    assert "Location" in document["paths"]["/api/tasks"]["post"]["responses"]["201"]["headers"]
-    assert "Retry-After" in document["components"]["responses"]["database_unavailable"]["headers"]
+@pytest.mark.parametrize(("method", "path"), CALLS)
+def test_the_headers_of_each_answer_are_documented(document: dict[str, Any], method: str, path: str) -> None:
+    successes = {
+        200: {"ETag", "Link"} if (method, path) == ("get", "/api/tasks") else {"ETag"},
+        201: {"ETag", "Location"},
+    }
+    documented = {
+        int(status): set(resolve(document, response)["headers"])
+        for status, response in document["paths"][path][method]["responses"].items()
+    }
+    expected = successes | ANSWER_HEADERS
+    assert documented == {status: {"X-Request-ID", *expected.get(status, set())} for status in CALLS[method, path]}
+
+
+@pytest.mark.parametrize(("method", "path"), CALLS)
+def test_the_headers_that_each_call_takes_are_documented(document: dict[str, Any], method: str, path: str) -> None:
+    parameters = [resolve(document, node) for node in document["paths"][path][method].get("parameters", [])]
+    headers = {parameter["name"]: parameter for parameter in parameters if parameter["in"] == "header"}
+    assert set(headers) == REQUEST_HEADERS[method, path]
+    assert not any(header.get("required") for header in headers.values())
+
+
+def test_the_parameters_of_the_list_are_documented(document: dict[str, Any]) -> None:
+    parameters = [resolve(document, node) for node in document["paths"]["/api/tasks"]["get"]["parameters"]]
+    query = {parameter["name"]: parameter for parameter in parameters if parameter["in"] == "query"}
+    assert set(query) == {"limit", "after", "completed", "q"}
+    assert all(parameter["description"] and not parameter["required"] for parameter in query.values())
+    limit = query["limit"]["schema"]
+    assert (limit["type"], limit["minimum"], limit["maximum"], limit["default"]) == ("integer", 1, 10_000, 10_000)
 
 
 def test_bodies_are_documented_with_both_media_types_of_a_patch(document: dict[str, Any]) -> None:

@@ -217,20 +217,31 @@ def test_each_statement_serves_the_user_that_it_is_given(
     assert client.get("/api/tasks").json() == []
 
 
-@pytest.mark.parametrize("name", ["create", "delete", "get", "list", "toggle", "update"])
+@pytest.mark.parametrize("name", [Path(file).stem for file in TASK_FILES])
 def test_a_value_never_becomes_sql(psql: str, name: str, db: psycopg.Connection[TupleRow], conninfo: str) -> None:
     db.execute("INSERT INTO tasks (user_id, title) VALUES ('local', 'Buy milk')")
     before = db.execute("SELECT * FROM tasks").fetchall()
-    good = {"task": '{"title": "a"}', "changes": "{}", "task_id": 1, "limit": 1, "user_id": "nobody"}
+    good = {
+        "task": '{"title": "a"}',
+        "changes": "{}",
+        "task_id": 1,
+        "if_match": "{1}",
+        "user_id": "nobody",
+        "idempotency_key": "one",
+        "limit": 1,
+        "completed": "true",
+        "q": "",
+        "after": "0_1",
+    }
+    texts = {"user_id", "idempotency_key", "q"}  # any value is one
     file = f"sql/tasks/{name}.sql"
     text = (ROOT / file).read_text(encoding="utf-8")
     for parameter in (parameter for parameter in good if f":'{parameter}'" in text):
         for value in (INJECTION, "1; DROP TABLE tasks", "\\'; DROP TABLE tasks; --", ":'user_id'"):
             done = run_psql(conninfo, file, {**good, parameter: value}, psql=psql)
-            assert done.returncode == (0 if parameter == "user_id" else 3), done.stderr
-    assert db.execute("DELETE FROM tasks WHERE user_id <> 'local' RETURNING title").fetchall() == (
-        [("a",)] * 4 if name == "create" else []
-    )
+            assert done.returncode == (0 if parameter in texts else 3), done.stderr
+    created = {"create": 4, "create_once": 8}.get(name, 0)  # one for each text
+    assert db.execute("DELETE FROM tasks WHERE user_id <> 'local' RETURNING title").fetchall() == [("a",)] * created
     assert db.execute("SELECT * FROM tasks").fetchall() == before
 
 
@@ -244,7 +255,7 @@ def head_of(file: str) -> list[str]:
 def test_the_head_of_a_file_names_its_parameters_and_its_file(file: str) -> None:
     head = head_of(file)
     parameters = statements.load()[file.removeprefix("sql/").removesuffix(".sql")].parameters
-    types = ("bigint", "integer", "jsonb", "text")
+    types = ("bigint", "bigint[]", "integer", "jsonb", "text")
     assert {line.split()[0] for line in head if len(line.split()) > 1 and line.split()[1] in types} == parameters
     assert head[0].endswith(".") or head[1].endswith(".")
     assert head[-1].startswith("psql -X -v ON_ERROR_STOP=1 ")
@@ -278,13 +289,14 @@ def run_line_of(file: str, psql: str, conninfo: str) -> subprocess.CompletedProc
 def test_the_psql_line_in_the_head_of_a_file_runs_as_it_is_written(psql: str, file: str, own_database: str) -> None:
     with psycopg.connect(own_database) as connection:
         connection.execute("DELETE FROM tasks")
+        connection.execute("DELETE FROM idempotency_keys")
         connection.execute(
             "INSERT INTO tasks (id, user_id, title) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'Buy milk')"
         )
         connection.execute("ALTER TABLE tasks ALTER id RESTART WITH 2")
     done = run_line_of(file, psql, own_database)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Buy milk" in done.stdout
+    assert ("| a " if "create_once" in file else "Buy milk") in done.stdout
     assert "(1 row)" in done.stdout
 
 

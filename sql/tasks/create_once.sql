@@ -6,8 +6,7 @@
 -- idempotency_key  text   the client's name for this request, 1 to 255 characters
 -- user_id          text   whose task, and whose key (psql: local)
 --
--- psql -X -v ON_ERROR_STOP=1 -v idempotency_key=one -v task='{"title": "Buy milk"}' \
---     -f sql/tasks/create_once.sql "$DATABASE_URL"
+-- psql -X -v ON_ERROR_STOP=1 -v idempotency_key=1 -v task='{"title": "a"}' -f sql/tasks/create_once.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
 WITH
 given AS (
