@@ -18,27 +18,39 @@ _INFO = {
     "summary": "Tasks over PostgreSQL.",
     "description": "Every failure is an `application/problem+json` answer (RFC 9457). Every answer carries "
     "`X-Request-ID`: the request's own, where it has a sane one.",
-    "contact": {"name": "The maintainers", "url": "/docs"},
+    "contact": {"name": "The maintainers"},
+    "license": {"name": "None granted yet", "identifier": "LicenseRef-none"},
 }
+# Their examples stand in the text: what is in "example", Swagger UI fills in and sends.
 _REQUEST_HEADERS = {
     "If-None-Match": (
-        "ETags of answers that the client has; where one of them is still good, the answer is a 304 without a body.",
-        '"3"',
+        (
+            'ETags of answers that the client has, such as `"1"`; where one of them is still good, the answer is a 304 '
+            "without a body."
+        ),
+        {"type": "string"},
     ),
     "If-Match": (
-        "ETags of versions of the task; at another version it stays as it is, and the answer is a 412.",
-        '"3"',
+        (
+            'ETags of versions of the task, such as `"1"`, or `*` for any; at another version the task stays as it '
+            "is, and the answer is a 412."
+        ),
+        {"type": "string"},
     ),
     "Idempotency-Key": (
         (
-            "The client's name for this request, 1 to 255 characters. Sent again with the same body it gets the first "
+            "The client's name for this request, such as a UUID. Sent again with the same body it gets the first "
             "answer again, for 24 hours at least, and creates nothing more; with another body it gets a 422."
         ),
-        "3a1b6a3e-6a4f-4f0e-9d3c-5c4f3d8f2b7e",
+        {"type": "string", "minLength": 1, "maxLength": 255},
     ),
 }
 _ANSWER_HEADERS = {
-    "ETag": ("The version of what is answered.", {"type": "string"}, '"3"'),
+    "ETag": (
+        "The version of what is answered, for If-Match and If-None-Match; a list's is weak.",
+        {"type": "string"},
+        '"1"',
+    ),
     "Link": (
         'The next page, as a relative reference (RFC 8288) with rel="next"; absent on the last one.',
         {"type": "string"},
@@ -67,17 +79,25 @@ class Api(flask_smorest.Api):  # type: ignore[misc]
         return problems.answer(error)
 
 
-class _Headers(BasePlugin):
-    """Adds the request headers that a call takes to its parameters, which flask-smorest would replace by them."""
+class _Finish(BasePlugin):
+    """Adds what flask-smorest leaves out or would replace: after it, as plugins run in their order."""
 
-    def operation_helper(
-        self, path: str | None = None, operations: dict[Any, Any] | None = None, **kwargs: Any
+    def path_helper(
+        self, path: Any = None, operations: Any = None, parameters: list[dict[str, Any]] | None = None, **kwargs: Any
     ) -> None:
-        """Put a call's headers and answers in order."""
+        """Describe the path's parameter."""
+        del path, operations, kwargs
+        for parameter in parameters or []:
+            parameter["description"] = "The task's id."
+
+    def operation_helper(self, path: Any = None, operations: dict[Any, Any] | None = None, **kwargs: Any) -> None:
+        """Add the request headers that a call takes, and put its texts and answers in order."""
         del path, kwargs
         for operation in (operations or {}).values():
             for name in operation.pop("x-takes", []):
                 operation.setdefault("parameters", []).append(_request_header(name))
+            operation["summary"] = operation["summary"].rstrip(".")
+            operation["description"] = operation["description"].replace("\n", " ")  # the source's line breaks
             # In order: success first, as people read.
             operation["responses"] = dict(sorted(operation.get("responses", {}).items(), key=lambda item: int(item[0])))
 
@@ -109,7 +129,7 @@ def init_app(app: Flask) -> Api:
         OPENAPI_JSON_PATH="openapi.json",
     )
     # No call asks who is calling, yet.
-    spec = {"info": _INFO, "servers": [{"url": "/"}], "security": [], "extra_plugins": [_Headers()]}
+    spec = {"info": _INFO, "servers": [{"url": "/"}], "security": [], "extra_plugins": [_Finish()]}
     api = Api(app, spec_kwargs=spec)
     api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest's, whether used or not
     not_modified = {"description": "What the client has is still good", "headers": answers_with("ETag")}
@@ -124,8 +144,8 @@ def _name(status: int) -> str:
 
 
 def _request_header(name: str) -> dict[str, Any]:
-    description, example = _REQUEST_HEADERS[name]
-    return {"in": "header", "name": name, "description": description, "schema": {"type": "string"}, "example": example}
+    description, schema = _REQUEST_HEADERS[name]
+    return {"in": "header", "name": name, "description": description, "schema": schema}
 
 
 def _answer_header(name: str) -> dict[str, Any]:
@@ -135,7 +155,9 @@ def _answer_header(name: str) -> dict[str, Any]:
 
 def _failure(status: int, kind: str, detail: str) -> dict[str, Any]:
     """Document a failure: its description, an example of each problem it can be, and its headers."""
-    examples = {kind: problems.body(status, kind, detail, "/api/tasks")}
+    instance = "/api/tasks/42" if status in {HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED} else "/api/tasks"
+    detail = "No such task" if status == HTTPStatus.NOT_FOUND else detail
+    examples = {kind: problems.body(status, kind, detail, instance)}
     if status == HTTPStatus.BAD_REQUEST:
         errors = {
             "invalid_body": {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
@@ -145,8 +167,6 @@ def _failure(status: int, kind: str, detail: str) -> dict[str, Any]:
             name: problems.body(status, "validation_error", error["detail"], "/api/tasks", [error])
             for name, error in errors.items()
         }
-    if status == HTTPStatus.NOT_FOUND:
-        examples[kind] = problems.body(status, kind, "No such task", "/api/tasks/42")
     failure: dict[str, Any] = {
         "description": HTTPStatus(status).phrase,
         "content": {

@@ -10,6 +10,7 @@ DESCRIPTION_LENGTH = 2000
 LIST_LIMIT = 10_000
 # What str.isspace() calls white space: Unicode's, and four separators. The table's constraint lists the same.
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_NO_NUL = r"^[^\x00]*$"  # PostgreSQL's text has none
 
 EXAMPLE = {
     "id": 42,
@@ -51,9 +52,10 @@ def _title(*, required: bool) -> fields.String:
         },
         metadata={
             "description": "What is to be done; not only white space.",
-            "example": EXAMPLE["title"],
+            "examples": [EXAMPLE["title"]],
             "minLength": 1,
             "pattern": f"[^{_WHITE_SPACE}]",
+            "not": {"pattern": r"\x00"},
         },
     )
 
@@ -66,9 +68,7 @@ class TaskChanges(Schema):
 
         unknown = RAISE
 
-    error_messages = {
-        "unknown": "Not a member that can be sent; these are title, description and completed",
-    }
+    error_messages = {"unknown": "Not a member that can be sent; these are title, description and completed"}
 
     title = _title(required=False)
     description = fields.String(
@@ -77,11 +77,15 @@ class TaskChanges(Schema):
             max=DESCRIPTION_LENGTH, error="Description exceeds maximum length of {max} characters"
         ),
         error_messages={"invalid": "Description must be a string or null"},
-        metadata={"description": 'More about it. `""` and `null` are different, and both are kept.'},
+        metadata={
+            "description": 'More about it. `""` and `null` are different, and both are kept.',
+            "examples": ["two litres", None],
+            "pattern": _NO_NUL,
+        },
     )
     completed = StrictBoolean(
         error_messages={"null": "Completed must be true or false", "invalid": "Completed must be true or false"},
-        metadata={"description": "Whether it is done."},
+        metadata={"description": "Whether it is done.", "examples": [True]},
     )
 
 
@@ -91,31 +95,30 @@ class NewTask(TaskChanges):
     title = _title(required=True)
 
 
+def _shown(name: str, description: str, **rules: Any) -> dict[str, Any]:
+    """Describe a member of a task in the document, with the example's value."""
+    return {"description": description, "examples": [EXAMPLE[name]], **rules}
+
+
 class Task(Schema):
     """A task, always with exactly these members."""
 
-    id = fields.Integer(
-        required=True,
-        metadata={"format": "int64", "minimum": 1, "description": "Given by the database.", "example": 42},
-    )
+    id = fields.Integer(required=True, metadata=_shown("id", "Given by the database.", format="int64", minimum=1))
     title = fields.String(
-        required=True,
-        metadata={"minLength": 1, "maxLength": TITLE_LENGTH, "description": "What is to be done."},
+        required=True, metadata=_shown("title", "What is to be done.", minLength=1, maxLength=TITLE_LENGTH)
     )
     description = fields.String(
-        required=True,
-        allow_none=True,
-        metadata={"maxLength": DESCRIPTION_LENGTH, "description": "More about it."},
+        required=True, allow_none=True, metadata=_shown("description", "More about it.", maxLength=DESCRIPTION_LENGTH)
     )
-    completed = fields.Boolean(required=True, metadata={"description": "Whether it is done."})
-    user_id = fields.String(required=True, metadata={"description": "Whose task it is."})
+    completed = fields.Boolean(required=True, metadata=_shown("completed", "Whether it is done."))
+    user_id = fields.String(required=True, metadata=_shown("user_id", "Whose task it is."))
     version = fields.Integer(
         required=True,
-        metadata={"format": "int64", "minimum": 1, "description": "Starts at 1 and grows by 1 with each change."},
+        metadata=_shown("version", "Starts at 1 and grows by 1 with each change.", format="int64", minimum=1),
     )
-    created_at = fields.DateTime(required=True, metadata={"description": "RFC 3339, in UTC."})
+    created_at = fields.DateTime(required=True, metadata=_shown("created_at", "RFC 3339, in UTC."))
     updated_at = fields.DateTime(
-        required=True, metadata={"description": "RFC 3339, in UTC; strictly increases with each change."}
+        required=True, metadata=_shown("updated_at", "RFC 3339, in UTC; strictly increases with each change.")
     )
 
 
@@ -129,7 +132,7 @@ class Limit(fields.Integer):
 
 
 def _is_cursor(after: str) -> None:
-    cursor = re.fullmatch("-?[0-9]{1,17}_([0-9]{1,19})", after)
+    cursor = re.fullmatch("(?:-?[0-9]{1,17}|[0-9]{18})_([0-9]{1,19})", after)
     if not cursor or int(cursor[1]) >= 2**63:
         raise ValidationError("After must be a cursor, from the link to the next page")
 
@@ -152,11 +155,14 @@ class TaskQuery(Schema):
     limit = Limit(
         validate=validate.Range(1, LIST_LIMIT, error="Limit must be between {min} and {max}"),
         error_messages={"invalid": "Limit must be a whole number"},
-        metadata={"description": "How many tasks at most.", "default": LIST_LIMIT, "example": 50},
+        metadata={"description": "How many tasks at most.", "default": LIST_LIMIT, "examples": [50]},
     )
     after = fields.String(
         validate=_is_cursor,
-        metadata={"description": "Where the page before ended: part of its link to the next page, which see."},
+        metadata={
+            "description": "Where the page before ended: part of its link to the next page. Opaque; send it as it is.",
+            "pattern": "^-?[0-9]{1,17}_[0-9]{1,18}$",
+        },
     )
     completed = fields.Boolean(
         truthy={"true"},
@@ -168,7 +174,8 @@ class TaskQuery(Schema):
         validate=_is_text,
         metadata={
             "description": "Only tasks with this text in the title or the description, in upper or lower case.",
-            "example": "milk",
+            "examples": ["milk"],
+            "pattern": _NO_NUL,
         },
     )
 

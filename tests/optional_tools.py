@@ -1,0 +1,32 @@
+"""Programs that a developer's machine may lack: a test that needs one is skipped there, and fails where CI is set."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+NPM = ROOT / "tests" / "npm"
+# The programs of the tests' virtual environment come first, as if it were activated.
+SEARCH_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def program(name: str) -> str:
+    """Find a program, or skip the test that needs it."""
+    return shutil.which(name, path=SEARCH_PATH) or _missing(f"{name} is not installed")
+
+
+def npm_program(name: str) -> str:
+    """Find a program of tests/npm's packages, or skip the test that needs it."""
+    program("node")
+    found = shutil.which(name, path=NPM / "node_modules" / ".bin")
+    return found or _missing("the npm packages are not installed: npm ci --prefix tests/npm")
+
+
+def _missing(reason: str) -> str:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
