@@ -6,6 +6,9 @@ import re
 from flask import Response, request
 from werkzeug.http import quote_etag
 
+# A strong tag that is a version, or else another tag or what is none. werkzeug's parser lets 1 and "9", * pass.
+_VERSION = re.compile(r'"([1-9][0-9]{0,17})"(?=[ \t]*(?:,|$))|(?:W/)?"[^"]*"|[^ \t,]+')
+
 CACHE = "private, no-cache"  # a browser keeps the answer, and asks each time whether it is still good
 
 
@@ -31,7 +34,7 @@ def unless_known(response: Response) -> Response:
 
 def has_if_match() -> bool:
     """Say whether the request names versions; ``*``, which any task matches, does not."""
-    return "If-Match" in request.headers and not request.if_match.star_tag
+    return request.headers.get("If-Match", "*").strip() != "*"
 
 
 def if_match() -> str:
@@ -41,5 +44,5 @@ def if_match() -> str:
     """
     if not has_if_match():
         return "{}"
-    versions = [tag for tag in request.if_match.as_set() if re.fullmatch("[1-9][0-9]{0,17}", tag)]
-    return f"{{{','.join(versions or ['0'])}}}"
+    versions = filter(None, _VERSION.findall(request.headers["If-Match"]))
+    return f"{{{','.join(versions) or '0'}}}"

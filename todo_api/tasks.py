@@ -4,6 +4,7 @@ import json
 from typing import Any, NoReturn
 
 from flask import Flask, Response, abort, request, url_for
+from werkzeug.http import generate_etag
 from werkzeug.routing import BaseConverter
 
 from todo_api import conditions, database, pages
@@ -67,7 +68,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
     )
     page, cursor = pages.cut(tasks, limit)
     response = Response(page, mimetype="application/json", headers={"Cache-Control": conditions.CACHE})
-    response.add_etag(weak=True)
+    response.set_etag(generate_etag(page + str(cursor).encode()), weak=True)  # of the Link, too
     if cursor:
         response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
     return conditions.unless_known(response)

@@ -27,7 +27,10 @@ WHERE
     user_id = :'user_id'::text
     -- One comparison of two rows, which the index answers: a page costs the same wherever it begins.
     AND (created_at, id) < (
-        'epoch'::timestamptz + split_part(:'after'::text, '_', 1)::bigint * interval '1 microsecond',
+        -- In two parts, since PostgreSQL multiplies as double precision: microseconds alone are inexact from 2255 on.
+        'epoch'::timestamptz
+        + split_part(:'after'::text, '_', 1)::bigint / 1000000 * interval '1 second'
+        + split_part(:'after'::text, '_', 1)::bigint % 1000000 * interval '1 microsecond',
         split_part(:'after'::text, '_', 2)::bigint
     )
     AND (:'completed'::text = '' OR completed = nullif(:'completed'::text, '')::boolean)
