@@ -161,7 +161,7 @@ class TaskQuery(Schema):
         validate=_is_cursor,
         metadata={
             "description": "Where the page before ended: part of its link to the next page. Opaque; send it as it is.",
-            "pattern": "^-?[0-9]{1,17}_[0-9]{1,18}$",
+            "pattern": "^(-?[0-9]{1,17}|[0-9]{18})_[0-9]{1,18}$",
         },
     )
     completed = fields.Boolean(
