@@ -39,7 +39,10 @@ def link_of(response: httpx.Response) -> str | None:
 def pages(client: httpx.Client, **query: object) -> Iterator[list[Row]]:
     """Give each page of a list, as its links lead from one to the next."""
     link: str | None = f"/api/tasks?{urlencode(query)}"
+    followed: set[str] = set()
     while link:
+        assert link not in followed, "the links go round in a circle"
+        followed.add(link)
         response = client.get(link)
         assert response.status_code == httpx.codes.OK, response.text
         yield response.json()
