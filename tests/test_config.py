@@ -42,6 +42,8 @@ ALSO_WRONG = [  # found by the same function, so that one process is enough
     ("DATABASE_URL", f"host=127.0.0.1 password={PASSWORD}"),
     ("DATA_DIR", "~nobody-of-this-name/data"),
     ("HOST", "127.0.0.1:8000"),
+    ("CORS_ORIGINS", "http://[::1]:3000"),  # Flask-CORS would take it for a pattern
+    ("CORS_ORIGINS", "https://app.example.com/"),
     ("WEB_CONCURRENCY", "0"),
     ("WEB_THREADS", "257"),
     ("MAX_BODY_BYTES", "1e6"),

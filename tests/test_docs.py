@@ -9,12 +9,12 @@ import pytest
 from .conftest import Service
 
 CALLS = {
-    ("get", "/api/tasks"): {200, 304, 400, 500, 503},
+    ("get", "/api/tasks"): {200, 304, 400, 413, 500, 503},
     ("post", "/api/tasks"): {201, 400, 413, 415, 422, 500, 503},
-    ("get", "/api/tasks/{task_id}"): {200, 304, 404, 500, 503},
+    ("get", "/api/tasks/{task_id}"): {200, 304, 404, 413, 500, 503},
     ("patch", "/api/tasks/{task_id}"): {200, 400, 404, 412, 413, 415, 500, 503},
-    ("delete", "/api/tasks/{task_id}"): {200, 404, 412, 500, 503},
-    ("post", "/api/tasks/{task_id}/toggle"): {200, 404, 412, 500, 503},
+    ("delete", "/api/tasks/{task_id}"): {200, 404, 412, 413, 500, 503},
+    ("post", "/api/tasks/{task_id}/toggle"): {200, 404, 412, 413, 500, 503},
 }
 REQUEST_HEADERS = {
     ("get", "/api/tasks"): {"If-None-Match"},
@@ -24,7 +24,7 @@ REQUEST_HEADERS = {
     ("delete", "/api/tasks/{task_id}"): {"If-Match"},
     ("post", "/api/tasks/{task_id}/toggle"): {"If-Match"},
 }
-ANSWER_HEADERS = {304: {"ETag"}, 412: {"ETag"}, 503: {"Retry-After"}}
+ANSWER_HEADERS = {304: {"Cache-Control", "ETag", "Link"}, 412: {"ETag"}, 503: {"Retry-After"}}
 ASSETS = ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js", "docs/favicon-32x32.png", "docs/page.js"]
 
 
@@ -75,8 +75,8 @@ def test_each_answer_has_its_media_type_a_schema_and_an_example(
 @pytest.mark.parametrize(("method", "path"), CALLS)
 def test_the_headers_of_each_answer_are_documented(document: dict[str, Any], method: str, path: str) -> None:
     successes = {
-        200: {"ETag", "Link"} if (method, path) == ("get", "/api/tasks") else {"ETag"},
-        201: {"ETag", "Location"},
+        200: {"Cache-Control", "ETag", *(["Link"] if (method, path) == ("get", "/api/tasks") else [])},
+        201: {"Cache-Control", "ETag", "Location"},
     }
     documented = {
         int(status): set(resolve(document, response)["headers"])

@@ -142,3 +142,14 @@ def test_every_file_that_is_named_is_there() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_client_generator_is_the_one_that_the_tests_run() -> None:
+    (npx,) = examples("npx")
+    package = json.loads((ROOT / "tests" / "npm" / "package.json").read_text(encoding="utf-8"))
+    assert f"openapi-typescript@{package['dependencies']['openapi-typescript']} " in npx
+
+
+def test_every_example_is_looked_at_by_a_test_here() -> None:
+    known = ("TASKS=", "curl", "for ", "TASK=", "CORS_ORIGINS=", "npx", "psql", ".venv/bin/flask", ".venv/lib")
+    assert [block for block in EXAMPLES if not block.startswith((*known, "DATABASE_URL="))] == []

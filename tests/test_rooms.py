@@ -104,7 +104,7 @@ def test_every_file_says_what_it_is_for_and_is_short() -> None:
     for module in MODULES:
         assert ast.get_docstring(tree(module)), module
         lines = module.read_text(encoding="utf-8").count("\n")
-        assert lines <= 200, (module, lines)
+        assert lines <= 220, (module, lines)
 
 
 def test_the_visible_top_level_is_what_the_house_says() -> None:

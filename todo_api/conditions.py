@@ -6,8 +6,9 @@ import re
 from flask import Response, request
 from werkzeug.http import quote_etag
 
-# A strong tag that is a version, or else another tag or what is none. werkzeug's parser lets 1 and "9", * pass.
-_VERSION = re.compile(r'"([1-9][0-9]{0,17})"(?=[ \t]*(?:,|$))|(?:W/)?"[^"]*"|[^ \t,]+')
+_TAG = r'(?:W/)?"[^"]*"'
+_TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")  # werkzeug's parser takes malformed lists, too
+_VERSION = re.compile(r'"[1-9][0-9]{0,17}"')
 
 CACHE = "private, no-cache"  # a browser keeps the answer, and asks each time whether it is still good
 
@@ -40,9 +41,10 @@ def has_if_match() -> bool:
 def if_match() -> str:
     """Give the versions that the request names as an array of PostgreSQL's: ``{}`` for any.
 
-    Only strong tags count, and what is no version is none: ``{0}`` matches no task.
+    Only strong tags count; what is no version, or no list of tags, is ``{0}``, which no task is at.
     """
     if not has_if_match():
         return "{}"
-    versions = filter(None, _VERSION.findall(request.headers["If-Match"]))
+    tags = request.headers["If-Match"]
+    versions = [tag[1:-1] for tag in re.findall(_TAG, tags) if _VERSION.fullmatch(tag)] if _TAGS.fullmatch(tags) else []
     return f"{{{','.join(versions) or '0'}}}"

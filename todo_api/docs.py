@@ -1,15 +1,11 @@
 """The page that shows the OpenAPI document."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import flask_swagger_ui
 from flask import Blueprint as FlaskBlueprint
 from flask import Flask, Response, redirect, send_from_directory, url_for
 from werkzeug.wrappers import Response as BaseResponse
-
-View = TypeVar("View", bound=Callable[..., Any])
 
 _ASSETS = Path(flask_swagger_ui.__file__).parent / "dist"
 _POLICY = (

@@ -20,14 +20,13 @@ bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_
 workers = _settings.web_concurrency
 worker_class = "gthread"
 threads = _settings.web_threads
-reuse_port = True  # without it, keep-alive connections often all land on one worker: half the throughput
 keepalive = 75  # seconds; longer than the load balancers in front, which otherwise race with the close
 timeout = 30  # seconds without a sign of life from a worker
 graceful_timeout = 10  # seconds for the requests at work when the service stops
 forwarder_headers = ""  # a SCRIPT_NAME header would change the routing
 control_socket_disable = True
 errorlog = "-"
-loglevel = "warning"  # its "Listening at" names nothing with reuse_port; when_ready says it
+loglevel = "warning"  # when_ready says what is worth saying
 accesslog = None  # our middleware logs each request, with its id
 
 
@@ -38,8 +37,6 @@ def on_starting(server: Any) -> None:
     for address in server.cfg.address:  # not always HOST and PORT: ``python wsgi.py --bind`` goes before them
         if isinstance(address, tuple):
             _wait_for_port(*address)
-        else:
-            server.cfg.set("reuse_port", "false")  # Unix sockets have no such thing
     startup.prepare_or_fail(_settings)
 
 
@@ -51,7 +48,7 @@ def when_ready(server: Any) -> None:
 
 
 def _wait_for_port(host: str, port: int) -> None:
-    """Refuse to share a port with a stranger, which reuse_port would do in silence.
+    """Say in one line that a port is taken, before the database is started for nothing.
 
     Workers of a service that was just killed may hold it for another second.
     """

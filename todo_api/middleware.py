@@ -37,6 +37,7 @@ def init_app(app: Flask, cors_origins: Sequence[str]) -> None:
             methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
             allow_headers=["Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
             expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Request-ID"],
+            always_send=False,  # only to browsers, and each gets its own origin
             max_age=600,  # seconds until a browser asks again whether it may
         )
     app.before_request(_begin)

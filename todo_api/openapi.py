@@ -46,10 +46,16 @@ _REQUEST_HEADERS = {
     ),
 }
 _ANSWER_HEADERS = {
-    "ETag": (
-        "The version of what is answered, for If-Match and If-None-Match; a list's is weak.",
+    "ETag": ("The task's version, for If-Match and If-None-Match.", {"type": "string"}, '"1"'),
+    "ETag of a list": (
+        "Changes with whatever the list shows; weak, so for If-None-Match only.",
         {"type": "string"},
-        '"1"',
+        'W/"454ef7e7c77fe4032a00f69bad6cd811a7d7ec23"',
+    ),
+    "Cache-Control": (
+        "A browser keeps the answer, and asks each time whether it is still good.",
+        {"type": "string"},
+        "private, no-cache",
     ),
     "Link": (
         'The next page, as a relative reference (RFC 8288) with rel="next"; absent on the last one.',
@@ -60,6 +66,15 @@ _ANSWER_HEADERS = {
     "Retry-After": ("In how many seconds a retry makes sense.", {"type": "integer"}, problems.RETRY_AFTER),
     "X-Request-ID": ("The request's id, which the log has, too.", {"type": "string"}, "9f1c0f5e"),
 }
+
+INVALID_QUERY = "invalid_query"
+_INVALID_BODY = "invalid_body"
+_VALIDATION_ERRORS = {
+    INVALID_QUERY: {"parameter": "limit", "detail": "Limit must be between 1 and 10000"},
+    _INVALID_BODY: {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
+}
+_MALFORMED = {INVALID_QUERY: "The query is not UTF-8", _INVALID_BODY: "The body did not arrive whole"}
+_DETAILS: dict[int, str] = {404: "No such task"}
 
 
 class Blueprint(flask_smorest.Blueprint):  # type: ignore[misc]
@@ -102,11 +117,16 @@ class _Finish(BasePlugin):
             operation["responses"] = dict(sorted(operation.get("responses", {}).items(), key=lambda item: int(item[0])))
 
 
-def documented(*statuses: int, takes: Sequence[str] = (), **operation: Any) -> Callable[[View], View]:
-    """Add to a call's documentation: its name, its other statuses, the request headers it takes, and what is given."""
+def documented(*statuses: int | str, takes: Sequence[str] = (), **operation: Any) -> Callable[[View], View]:
+    """Add to a call's documentation: its name, its other statuses, the request headers it takes, and what is given.
+
+    A 400 is for a body; a query's is ``INVALID_QUERY``.
+    """
 
     def decorate(view: View) -> View:
-        responses = {status: _name(status) for status in statuses}
+        responses = {status: _name(status) for status in statuses if isinstance(status, int)}
+        if INVALID_QUERY in statuses:
+            responses[400] = INVALID_QUERY
         manual = {"operationId": view.__name__, "responses": responses, "x-takes": list(takes), **operation}
         described: View = Blueprint.doc(**manual)(view)
         return described
@@ -116,7 +136,7 @@ def documented(*statuses: int, takes: Sequence[str] = (), **operation: Any) -> C
 
 def answers_with(*names: str) -> dict[str, Any]:
     """Document the headers of an answer; each has X-Request-ID."""
-    return {name: _answer_header(name) for name in (*names, "X-Request-ID")}
+    return {name.partition(" ")[0]: _answer_header(name) for name in (*names, "X-Request-ID")}
 
 
 def init_app(app: Flask) -> Api:
@@ -132,15 +152,21 @@ def init_app(app: Flask) -> Api:
     spec = {"info": _INFO, "servers": [{"url": "/"}], "security": [], "extra_plugins": [_Finish()]}
     api = Api(app, spec_kwargs=spec)
     api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest's, whether used or not
-    not_modified = {"description": "What the client has is still good", "headers": answers_with("ETag")}
-    api.spec.components.response(_name(304), not_modified, lazy=True)
+    not_modified = answers_with("ETag", "Link", "Cache-Control")
+    known = {"description": "What the client has is still good", "headers": not_modified}
+    api.spec.components.response(_name(304), known, lazy=True)
     for status, (kind, detail) in problems.KINDS.items():
-        api.spec.components.response(_name(status), _failure(status, kind, detail), lazy=True)
+        api.spec.components.response(_name(status), _failure(status, {kind: (detail, [])}), lazy=True)
+    malformed, _ = problems.KINDS[400]
+    for name, error in _VALIDATION_ERRORS.items():
+        problems_of_400 = {"validation_error": (error["detail"], [error]), malformed: (_MALFORMED[name], [])}
+        api.spec.components.response(name, _failure(400, problems_of_400), lazy=True)
     return api
 
 
 def _name(status: int) -> str:
-    return "not_modified" if status == HTTPStatus.NOT_MODIFIED else problems.KINDS[status][0]
+    names = {HTTPStatus.NOT_MODIFIED: "not_modified", HTTPStatus.BAD_REQUEST: _INVALID_BODY}
+    return names.get(HTTPStatus(status)) or problems.KINDS[status][0]
 
 
 def _request_header(name: str) -> dict[str, Any]:
@@ -153,29 +179,16 @@ def _answer_header(name: str) -> dict[str, Any]:
     return {"description": description, "schema": schema, "example": example}
 
 
-def _failure(status: int, kind: str, detail: str) -> dict[str, Any]:
-    """Document a failure: its description, an example of each problem it can be, and its headers."""
+def _failure(status: int, kinds: dict[str, tuple[str, list[dict[str, str]]]]) -> dict[str, Any]:
+    """Document a failure: an example of each problem it can be, from its detail and errors, and its headers."""
     instance = "/api/tasks/42" if status in {HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED} else "/api/tasks"
-    detail = "No such task" if status == HTTPStatus.NOT_FOUND else detail
-    examples = {kind: problems.body(status, kind, detail, instance)}
-    if status == HTTPStatus.BAD_REQUEST:
-        errors = {
-            "invalid_body": {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
-            "invalid_query": {"parameter": "colour", "detail": "Unknown parameter"},
-        }
-        examples |= {
-            name: problems.body(status, "validation_error", error["detail"], "/api/tasks", [error])
-            for name, error in errors.items()
-        }
-    failure: dict[str, Any] = {
-        "description": HTTPStatus(status).phrase,
-        "content": {
-            problems.MEDIA_TYPE: {
-                "schema": schemas.Problem,
-                "examples": {name: {"value": example} for name, example in examples.items()},
-            }
-        },
+    examples = {
+        kind: {"value": problems.body(status, kind, _DETAILS.get(status, detail), instance, errors)}
+        for kind, (detail, errors) in kinds.items()
     }
     headers = {HTTPStatus.SERVICE_UNAVAILABLE: ["Retry-After"], HTTPStatus.PRECONDITION_FAILED: ["ETag"]}
-    failure["headers"] = answers_with(*headers.get(HTTPStatus(status), []))
-    return failure
+    return {
+        "description": HTTPStatus(status).phrase,
+        "headers": answers_with(*headers.get(HTTPStatus(status), [])),
+        "content": {problems.MEDIA_TYPE: {"schema": schemas.Problem, "examples": examples}},
+    }

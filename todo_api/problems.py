@@ -23,7 +23,7 @@ KINDS: dict[int, tuple[str, str]] = {
     400: ("malformed_request", "The request can't be read"),
     404: ("not_found", "There is nothing here"),
     405: ("method_not_allowed", "This URL does not answer that method; the Allow header lists those it does"),
-    412: ("precondition_failed", "The task is not at the version that If-Match names"),
+    412: ("precondition_failed", 'If-Match names no version that the task is at; it is at "1" by now'),
     413: ("content_too_large", "The body is larger than the service takes"),
     415: ("unsupported_media_type", "The body must be application/json"),
     422: ("idempotency_key_reused", "This Idempotency-Key came with another body before"),
@@ -35,7 +35,7 @@ RETRY_AFTER = 1  # seconds; a restart of PostgreSQL takes about that long
 
 
 class MalformedRequest(BadRequest):
-    """The body can't be read, whatever the schema says."""
+    """The request can't be read, whatever the schema says."""
 
 
 class ValidationFailed(BadRequest):
@@ -52,7 +52,7 @@ class VersionMismatch(PreconditionFailed):
 
     def __init__(self, etag: str) -> None:
         """Keep the task's ETag for the answer."""
-        super().__init__(f"The task is at {etag} by now")
+        super().__init__(f"If-Match names no version that the task is at; it is at {etag} by now")
         self.etag = etag
 
     def get_headers(self, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
@@ -139,7 +139,7 @@ def answer_database_error(error: psycopg.Error) -> Response:
 
 
 def init_app(app: Flask) -> None:
-    """Answer database errors; flask-smorest's handler, in docs.Api, passes everything else to ``answer``."""
+    """Answer database errors; flask-smorest's handler, in openapi.Api, passes everything else to ``answer``."""
     app.register_error_handler(psycopg.Error, answer_database_error)
     # gunicorn has no hook for its answer to a request that it can't read, which is HTML.
     gunicorn.util.write_error = _answer_unread

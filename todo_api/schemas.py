@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from marshmallow import RAISE, Schema, ValidationError, fields, validate
+from marshmallow import INCLUDE, RAISE, Schema, ValidationError, fields, validate
 
 TITLE_LENGTH = 200
 DESCRIPTION_LENGTH = 2000
@@ -190,6 +190,11 @@ class Violation(Schema):
 
 class Problem(Schema):
     """Why a request failed (RFC 9457)."""
+
+    class Meta:
+        """Leave room for more members, as the RFC does."""
+
+        unknown = INCLUDE
 
     type = fields.String(required=True, metadata={"description": "Which kind of problem: for programs."})
     title = fields.String(required=True, metadata={"description": "Its name: for people."})

@@ -10,7 +10,7 @@ from werkzeug.routing import BaseConverter
 from todo_api import conditions, database, pages
 from todo_api.identity import current_user
 from todo_api.json_body import MERGE_PATCH
-from todo_api.openapi import Api, Blueprint, answers_with, documented
+from todo_api.openapi import INVALID_QUERY, Api, Blueprint, answers_with, documented
 from todo_api.problems import MalformedRequest, VersionMismatch
 from todo_api.schemas import EXAMPLE, LIST_LIMIT, NewTask, Task, TaskChanges, TaskQuery
 
@@ -41,16 +41,18 @@ def init_app(app: Flask, api: Api) -> None:
 
 def _refused(task_id: int) -> NoReturn:
     """Say why a statement changed nothing: there is no such task, or it is at another version than If-Match names."""
-    task = database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id)
-    if task is None or not conditions.has_if_match():
-        abort(404, NO_SUCH_TASK)
-    raise VersionMismatch(conditions.etag_of(task))
+    task = None
+    if conditions.has_if_match():
+        task = database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id)
+    raise VersionMismatch(conditions.etag_of(task or abort(404, NO_SUCH_TASK)))
 
 
 @blueprint.route("")
 @blueprint.arguments(TaskQuery, location="query")
-@blueprint.response(200, Task(many=True), example=[EXAMPLE], headers=answers_with("ETag", "Link"))
-@documented(304, 400, 500, 503, takes=["If-None-Match"])
+@blueprint.response(
+    200, Task(many=True), example=[EXAMPLE], headers=answers_with("ETag of a list", "Link", "Cache-Control")
+)
+@documented(304, INVALID_QUERY, 413, 500, 503, takes=["If-None-Match"])
 def list_tasks(query: dict[str, Any]) -> Response:
     """List tasks.
 
@@ -68,15 +70,15 @@ def list_tasks(query: dict[str, Any]) -> Response:
     )
     page, cursor = pages.cut(tasks, limit)
     response = Response(page, mimetype="application/json", headers={"Cache-Control": conditions.CACHE})
-    response.set_etag(generate_etag(page + str(cursor).encode()), weak=True)  # of the Link, too
+    response.set_etag(generate_etag(page + (cursor or "").encode()), weak=True)  # of the Link, too
     if cursor:
-        response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
+        response.headers["Link"] = pages.next_link(url_for("tasks.list_tasks"), request.args, cursor)
     return conditions.unless_known(response)
 
 
 @blueprint.route("", methods=["POST"])
 @blueprint.arguments(NewTask, example={"title": "Buy milk"})
-@blueprint.response(201, Task, example=EXAMPLE, headers=answers_with("Location", "ETag"))
+@blueprint.response(201, Task, example=EXAMPLE, headers=answers_with("Location", "ETag", "Cache-Control"))
 @documented(400, 413, 415, 422, 500, 503, takes=["Idempotency-Key"])
 def create_task(task: dict[str, Any]) -> Response:
     """Create a task.
@@ -99,8 +101,8 @@ def create_task(task: dict[str, Any]) -> Response:
 
 
 @blueprint.route("/<task_id:task_id>")
-@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
-@documented(304, 404, 500, 503, takes=["If-None-Match"])
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag", "Cache-Control"))
+@documented(304, 404, 413, 500, 503, takes=["If-None-Match"])
 def get_task(task_id: int) -> Response:
     """Get a task.
 
@@ -112,7 +114,7 @@ def get_task(task_id: int) -> Response:
 
 @blueprint.route("/<task_id:task_id>", methods=["PATCH"])
 @blueprint.arguments(TaskChanges, example={"completed": True})
-@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag", "Cache-Control"))
 @documented(
     *(400, 404, 412, 413, 415, 500, 503),
     takes=["If-Match"],
@@ -135,8 +137,8 @@ def update_task(changes: dict[str, Any], task_id: int) -> Response:
 
 
 @blueprint.route("/<task_id:task_id>", methods=["DELETE"])
-@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
-@documented(404, 412, 500, 503, takes=["If-Match"])
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag", "Cache-Control"))
+@documented(404, 412, 413, 500, 503, takes=["If-Match"])
 def delete_task(task_id: int) -> Response:
     """Delete a task.
 
@@ -147,8 +149,8 @@ def delete_task(task_id: int) -> Response:
 
 
 @blueprint.route("/<task_id:task_id>/toggle", methods=["POST"])
-@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag"))
-@documented(404, 412, 500, 503, takes=["If-Match"])
+@blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag", "Cache-Control"))
+@documented(404, 412, 413, 500, 503, takes=["If-Match"])
 def toggle_task(task_id: int) -> Response:
     """Toggle a task.
 
