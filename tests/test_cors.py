@@ -33,7 +33,7 @@ def shared(service: Service, tmp_path_factory: pytest.TempPathFactory, database_
     """Give a client of a service that two origins may use."""
     assert service
     log = tmp_path_factory.mktemp("cors") / "log"
-    running = Service(log, DATABASE_URL=database_url, WEB_CONCURRENCY=1, CORS_ORIGINS=f"{ORIGIN},{SECOND}").wait()
+    running = Service(log, DATABASE_URL=database_url, WEB_CONCURRENCY=1, CORS_ORIGINS=f"{ORIGIN}, {SECOND}").wait()
     yield running.client
     assert running.stop() == 0
 

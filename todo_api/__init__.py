@@ -15,7 +15,9 @@ def create_app(settings: config.Settings | None = None) -> Flask:
 
     middleware.init_app(app, settings.cors_origins)
     problems.init_app(app)
-    database.init_app(app, lambda: startup.prepare(settings), connections=settings.web_threads)
+    database.init_app(
+        app, lambda: startup.prepare(settings), connections=settings.web_threads, pooler=settings.database_pooler
+    )
     tasks.init_app(app, openapi.init_app(app))
     docs.init_app(app)
     app.register_blueprint(health.blueprint)

@@ -21,6 +21,8 @@ class Settings:
     """Every setting, with its default; .env.example says what each is for."""
 
     database_url: str = ""
+    database_pooler: bool = False
+    migration_database_url: str = ""
     data_dir: Path = ROOT / ".data"
     host: str = "127.0.0.1"
     port: int = 8000
@@ -64,6 +66,8 @@ def _read() -> Settings:
     os.environ["PGTZ"] = "UTC"
     return Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_is_database_url),
+        database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
+        migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_is_database_url),
         # Relative to the project, not to the folder that the command happens to be typed in.
         data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_has_home).expanduser(),
         host=env.str("HOST", Settings.host, validate=_is_address),
@@ -72,7 +76,7 @@ def _read() -> Settings:
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=validate.Range(1, 256)),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _is_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
-        cors_origins=tuple(map(str.strip, env.list("CORS_ORIGINS", [], validate=_are_origins))),
+        cors_origins=tuple(origin.strip(" ") for origin in env.list("CORS_ORIGINS", [], validate=_are_origins)),
     )
 
 
@@ -109,7 +113,7 @@ _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: F
 
 def _are_origins(origins: list[str]) -> None:
     for origin in origins:
-        if not _ORIGIN.fullmatch(origin.strip()):
+        if not _ORIGIN.fullmatch(origin.strip(" ")):
             raise ValidationError("Each must be an origin such as https://app.example.com, in small letters, or *.")
 
 

@@ -1,6 +1,7 @@
 """The pool of connections to PostgreSQL: runs a statement of sql/ by its name and gives rows or ready-made JSON."""
 
 import select
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,18 @@ from todo_api.config import StartError
 Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
 _NOWHERE = "/nowhere"
+_PATIENCE = 0.5  # seconds to wait for a connection: errors must reach the client within a second
+# Likewise: PostgreSQL undoes a statement that takes longer. And the plan that holds for all parameters from the first
+# execution on: the others are for a few values better, and for a million rows sometimes a sort of all of them.
+_SESSION = "-c statement_timeout=800ms -c lock_timeout=800ms -c plan_cache_mode=force_generic_plan"
+# How soon a network that drops everything is noticed: on connecting, on waiting for an answer, on sending.
+_NETWORK = {
+    "connect_timeout": 2,  # seconds; libpq knows no less
+    "keepalives_idle": 1,
+    "keepalives_interval": 1,
+    "keepalives_count": 1,
+    "tcp_user_timeout": 2000,  # milliseconds
+}
 _ATTEMPTS = 100  # at a statement that loses to others; of those at work at the same time, one wins each time
 
 
@@ -36,30 +49,45 @@ class _JsonAsBytes(Loader):
 class _Database:
     pool: ConnectionPool[psycopg.Connection[TupleRow]]
     statements: dict[str, statements.Statement]
+    down: threading.Event
 
 
-def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int) -> None:
-    """Give the application a pool; ``conninfo`` is called for each new connection, in a thread of the pool."""
+def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, pooler: bool) -> None:
+    """Give the application a pool.
+
+    ``conninfo`` is called for each new connection, in a thread of the pool. ``pooler`` says that a pooler in
+    transaction mode is in between, such as PgBouncer: it takes no startup options, and may not have what was prepared.
+    """
+    down = threading.Event()  # set while the database is known to be away
+
+    def configure(connection: psycopg.Connection[TupleRow]) -> None:
+        connection.adapters.register_loader("json", _JsonAsBytes)
+        down.clear()
+
     pool = ConnectionPool[psycopg.Connection[TupleRow]](
-        conninfo,
+        conninfo if pooler else lambda: _with_options(conninfo()),
         min_size=connections,
         max_size=connections,
-        timeout=0.5,  # errors must reach the client within a second
+        timeout=_PATIENCE,
         reconnect_timeout=0,  # no waiting longer and longer: the next request tries again
-        configure=_configure,
+        reconnect_failed=lambda _: down.set(),
+        configure=configure,
         kwargs={
             "autocommit": True,  # each call is one statement
-            "prepare_threshold": 0,  # the statements are few: each is planned once for a connection
+            # The statements are few: each is planned once for a connection.
+            "prepare_threshold": None if pooler else 0,
             "application_name": "todo_api",
+            **_NETWORK,
         },
         name="todo_api",
         open=False,  # threads and connections do not survive a fork: the worker opens it
     )
-    app.extensions[_EXTENSION] = _Database(pool, statements.load())
+    app.extensions[_EXTENSION] = _Database(pool, statements.load(), down)
 
 
-def _configure(connection: psycopg.Connection[TupleRow]) -> None:
-    connection.adapters.register_loader("json", _JsonAsBytes)
+def _with_options(conninfo: str) -> str:
+    options = str(conninfo_to_dict(conninfo).get("options", ""))
+    return make_conninfo(conninfo, options=f"{options} {_SESSION}".strip())
 
 
 def fetch_json(name: str, **parameters: Any) -> bytes | None:
@@ -85,7 +113,7 @@ def fetch_json_list(name: str, **parameters: Any) -> bytes:
 
 
 def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) -> bytes | None:
-    connection = _live_connection(database.pool)
+    connection = _live_connection(database)
     try:
         row = _execute(connection, sql, parameters).fetchone()
     finally:
@@ -93,11 +121,19 @@ def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) ->
     return row[0] if row else None
 
 
-def _live_connection(pool: ConnectionPool[psycopg.Connection[TupleRow]]) -> psycopg.Connection[TupleRow]:
+def _live_connection(database: _Database) -> psycopg.Connection[TupleRow]:
+    pool, down = database.pool, database.down
     if pool.closed:
         pool.open()
     while True:
-        connection = pool.getconn()
+        try:
+            # While the database is away nobody waits for it: requests would queue behind those that do. Asking for a
+            # connection makes the pool try to get one, and who comes after its success is served.
+            connection = pool.getconn(timeout=0.001 if down.is_set() else None)
+        except Unavailable:
+            down.set()
+            raise
+        down.clear()
         # An idle connection with something to read is one that the server has ended. The pool's own check would ask the
         # server, which costs a round trip each time, and wait for seconds between one dead connection and the next.
         if not select.select([connection], [], [], 0)[0]:
@@ -120,8 +156,8 @@ def _execute(
 
 
 @cache
-def check(url: str) -> None:
-    """Refuse a DATABASE_URL that libpq does not understand.
+def check(setting: str, url: str) -> None:
+    """Refuse a URL that libpq does not understand.
 
     Raises:
         StartError: libpq's reason.
@@ -133,7 +169,7 @@ def check(url: str) -> None:
         psycopg.connect(make_conninfo(url, host=",".join([_NOWHERE] * len(hosts)), hostaddr=""))
     except psycopg.Error as error:
         if _NOWHERE not in str(error):
-            raise StartError(f"DATABASE_URL: {error}") from error
+            raise StartError(f"{setting}: {error}") from error
 
 
 def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:

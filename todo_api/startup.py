@@ -24,7 +24,9 @@ def prepare(settings: Settings) -> str:
     with _lock:
         conninfo = find(settings)
         if conninfo not in _migrated:
-            migrations.apply(conninfo)
+            if settings.migration_database_url:
+                database.check("MIGRATION_DATABASE_URL", settings.migration_database_url)
+            migrations.apply(settings.migration_database_url or conninfo)
             _migrated.add(conninfo)
         return conninfo
 
@@ -38,7 +40,7 @@ def find(settings: Settings) -> str:
     """
     if not settings.database_url:
         return embedded.start(settings.data_dir)
-    database.check(settings.database_url)
+    database.check("DATABASE_URL", settings.database_url)
     return settings.database_url
 
 
