@@ -76,7 +76,7 @@ def _read() -> Settings:
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=validate.Range(1, 256)),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _is_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
-        cors_origins=tuple(origin.strip(" ") for origin in env.list("CORS_ORIGINS", [], validate=_are_origins)),
+        cors_origins=_origins(env.str("CORS_ORIGINS", "", validate=_are_origins)),
     )
 
 
@@ -111,9 +111,13 @@ def _has_home(path: Path) -> None:
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: Flask-CORS takes them for a pattern
 
 
-def _are_origins(origins: list[str]) -> None:
-    for origin in origins:
-        if not _ORIGIN.fullmatch(origin.strip(" ")):
+def _origins(listed: str) -> tuple[str, ...]:
+    return tuple(origin.strip(" ") for origin in listed.split(",")) if listed else ()
+
+
+def _are_origins(listed: str) -> None:
+    for origin in _origins(listed):
+        if not _ORIGIN.fullmatch(origin):
             raise ValidationError("Each must be an origin such as https://app.example.com, in small letters, or *.")
 
 
