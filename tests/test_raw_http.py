@@ -18,6 +18,7 @@ CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 def send(service: Service, request: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send bytes, say that no more will come, and give the first answer's status, headers and body."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it waits for a server that reads
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))
@@ -100,9 +101,9 @@ def test_the_host_header_does_not_reach_the_location(service: Service) -> None:
 @pytest.mark.parametrize(
     ("path", "rest"),
     [
-        (b"/api/tasks", b"Content-Length: 300000\r\n\r\n" + b" " * 300_000),
-        (b"/api/tasks/1/toggle", b"Content-Length: 300000\r\n\r\n" + b" " * 300_000),
-        (b"/api/tasks", b"Transfer-Encoding: chunked\r\n\r\n493e0\r\n" + b" " * 300_000 + b"\r\n0\r\n\r\n"),
+        (b"/api/tasks", b"Content-Length: 900000\r\n\r\n" + b" " * 900_000),
+        (b"/api/tasks/1/toggle", b"Content-Length: 900000\r\n\r\n" + b" " * 900_000),
+        (b"/api/tasks", b"Transfer-Encoding: chunked\r\n\r\ndbba0\r\n" + b" " * 900_000 + b"\r\n0\r\n\r\n"),
     ],
 )
 def test_a_body_over_the_limit_is_413_on_every_call_and_the_answer_says_that_the_connection_closes(

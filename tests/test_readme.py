@@ -124,9 +124,17 @@ def test_the_psql_examples_run_beside_the_service(running: tuple[Service, Path])
     assert "two litres" in (running[1] / "copy.sql").read_text(encoding="utf-8")
 
 
-def test_the_examples_with_settings_start_the_service() -> None:
-    for start in (*examples("DATABASE_URL="), *examples("CORS_ORIGINS=")):
-        assert re.fullmatch(r"[A-Z_]+=\S+ \.venv/bin/python wsgi\.py", start)
+def test_the_example_with_origins_starts_a_service_that_lets_them_in(running: tuple[Service, Path]) -> None:
+    (start,) = examples("CORS_ORIGINS=")
+    service = Service(running[1] / "log", ["sh", "-c", f"exec env {start}"], cwd=running[1]).wait()
+    answer = service.client.get("/api/tasks", headers={"Origin": "https://app.example.com"})
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example.com"
+    assert service.stop() == 0
+
+
+def test_the_example_with_a_url_starts_the_service() -> None:
+    (start,) = examples("DATABASE_URL=")
+    assert re.fullmatch(r"DATABASE_URL='postgresql://\S+' \.venv/bin/python wsgi\.py", start)
 
 
 def test_the_tables_have_every_setting_and_every_problem() -> None:
