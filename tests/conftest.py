@@ -201,7 +201,7 @@ def client(service: Service) -> httpx.Client:
 
 
 @pytest.fixture
-def db(service: Service, conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:  # noqa: ARG001
+def db(service: Service, conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
     """Give a connection to the service's database, which holds no tasks and no keys."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute("DELETE FROM tasks")

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 from tests.conftest import ROOT, environment, free_port
 from todo_api import config, database
 
-PASSWORD = "h-u-s-h"  # noqa: S105
+PASSWORD = "h-u-s-h"
 PROGRAMS = {
     "python wsgi.py": ["wsgi.py"],
     "gunicorn wsgi:app": ["-m", "gunicorn", "-b", "127.0.0.1:0", "wsgi:app"],

@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -158,15 +158,22 @@ def test_a_request_that_failed_does_not_use_up_its_key(client: httpx.Client, db:
     assert post(client, key).status_code == 201
 
 
+def race(
+    service: Service, other_service: Service, key: str, task_of: Callable[[int], dict[str, Any]]
+) -> list[httpx.Response]:
+    """Send 50 requests with one key at once, to two services in turn."""
+    urls = [service.url, other_service.url]
+    return at_once(
+        service,
+        50,
+        lambda racer, n: racer.post(f"{urls[n % 2]}/api/tasks", json=task_of(n), headers={"Idempotency-Key": key}),
+    )
+
+
 def test_of_50_racing_requests_on_two_services_one_creates_and_all_get_its_answer(
     service: Service, other_service: Service, db: Database, key: str
 ) -> None:
-    urls = [service.url, other_service.url]
-    answers = at_once(
-        service,
-        50,
-        lambda racer, n: racer.post(f"{urls[n % 2]}/api/tasks", json=TASK, headers={"Idempotency-Key": key}),
-    )
+    answers = race(service, other_service, key, lambda _: TASK)
     assert Counter(answer.status_code for answer in answers) == {201: 50}
     assert len({what(answer) for answer in answers}) == 1
     assert count(db) == 1
@@ -175,14 +182,7 @@ def test_of_50_racing_requests_on_two_services_one_creates_and_all_get_its_answe
 def test_of_50_racing_requests_with_other_bodies_one_creates_and_the_others_are_422(
     service: Service, other_service: Service, db: Database, key: str
 ) -> None:
-    urls = [service.url, other_service.url]
-    answers = at_once(
-        service,
-        50,
-        lambda racer, n: racer.post(
-            f"{urls[n % 2]}/api/tasks", json={"title": f"{n}"}, headers={"Idempotency-Key": key}
-        ),
-    )
+    answers = race(service, other_service, key, lambda n: {"title": f"{n}"})
     assert Counter(answer.status_code for answer in answers) == {201: 1, 422: 49}
     [won] = [answer for answer in answers if answer.status_code == 201]
     assert db.execute("SELECT title FROM tasks").fetchall() == [(won.json()["title"],)]

@@ -109,7 +109,7 @@ def test_a_start_needs_one_connection_only(database: str) -> None:
 @pytest.mark.parametrize("attempt", range(10))
 def test_a_start_killed_at_any_moment_needs_no_repair(database: str, attempt: int) -> None:
     process = migrating(database)
-    time.sleep(attempt * 0.008 + random.uniform(0, 0.008))  # noqa: S311
+    time.sleep(attempt * 0.008 + random.uniform(0, 0.008))
     process.kill()
     process.join()
     assert migrations.apply(database) in (ALL, [])
@@ -216,7 +216,7 @@ def test_a_database_that_is_ahead_of_the_code_is_refused(database: str, folder: 
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["first start", "later start"])
-def test_a_migration_with_an_error_leaves_nothing_behind(database: str, folder: Path, before: bool) -> None:  # noqa: FBT001
+def test_a_migration_with_an_error_leaves_nothing_behind(database: str, folder: Path, before: bool) -> None:
     if before:
         migrations.apply(database, folder)
     there = tables(database)

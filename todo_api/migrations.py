@@ -29,7 +29,7 @@ from todo_api.config import StartError
 log = logging.getLogger(__name__)
 
 
-class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]
+class _Backend(PostgresqlPsycopgBackend):
     """yoyo's backend, with psycopg's own connection strings and with marks that can't be torn from their migrations."""
 
     connection: psycopg.Connection[TupleRow]

@@ -77,13 +77,13 @@ _MALFORMED = {INVALID_QUERY: "The query is not UTF-8", _INVALID_BODY: "The body 
 _DETAILS: dict[int, str] = {404: "No such task"}
 
 
-class Blueprint(flask_smorest.Blueprint):  # type: ignore[misc]
+class Blueprint(flask_smorest.Blueprint):
     """flask-smorest's blueprint, with the strict parser."""
 
     ARGUMENTS_PARSER = Parser()
 
 
-class Api(flask_smorest.Api):  # type: ignore[misc]
+class Api(flask_smorest.Api):
     """flask-smorest's API, with problems for failures."""
 
     ERROR_SCHEMA = schemas.Problem
