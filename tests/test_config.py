@@ -11,7 +11,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import ROOT, environment, free_port
-from todo_api import config, database
+from todo_api import config, database_url
 
 PASSWORD = "h-u-s-h"
 PROGRAMS = {
@@ -224,10 +224,10 @@ def test_a_relative_data_dir_starts_at_the_project_and_a_tilde_at_home(project: 
 )
 def test_a_url_that_libpq_does_not_understand_is_refused(rest: str) -> None:
     with pytest.raises(config.StartError, match="DATABASE_URL") as raised:
-        database.check("DATABASE_URL", f"postgresql://user:{PASSWORD}@{rest}")
+        database_url.check("DATABASE_URL", f"postgresql://user:{PASSWORD}@{rest}")
     assert PASSWORD not in str(raised.value)
 
 
 def test_a_url_whose_server_is_away_is_not_refused() -> None:
     url = "postgresql://user:p@127.0.0.1:1,localhost:2/name?sslmode=require&target_session_attrs=read-write"
-    database.check("DATABASE_URL", url)
+    database_url.check("DATABASE_URL", url)

@@ -14,7 +14,7 @@ TOP_LEVEL = {"todo_api", "sql", "tests", "wsgi.py", "requirements.txt", "README.
 
 MAY_IMPORT = {
     "psycopg_pool": {"database"},
-    "psycopg": {"database", "problems", "migrations", "embedded"},
+    "psycopg": {"connection", "database", "database_url", "problems", "migrations", "embedded"},
     "yoyo": {"migrations"},
     "psutil": {"cluster"},
     "environs": {"config"},

@@ -7,7 +7,7 @@ import sys
 import click
 from flask import Flask
 
-from todo_api import config, database, embedded, startup
+from todo_api import config, database, database_url, embedded, startup
 
 
 def init_app(app: Flask, settings: config.Settings) -> None:
@@ -29,7 +29,7 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         """Run psql on the service's database; every argument is psql's."""
         _leave_in_order()
         try:
-            variables, rest = database.libpq_variables(startup.find(settings))
+            variables, rest = database_url.as_variables(startup.find(settings))
         except config.StartError as error:
             config.fail(error)
         config.set_libpq_variables(variables)

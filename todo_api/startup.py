@@ -3,7 +3,7 @@
 import logging
 import threading
 
-from todo_api import config, database, embedded, migrations
+from todo_api import config, database, database_url, embedded, migrations
 from todo_api.config import Settings
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def prepare(settings: Settings) -> str:
         conninfo = find(settings)
         if conninfo not in _migrated:
             if settings.migration_database_url:
-                database.check("MIGRATION_DATABASE_URL", settings.migration_database_url)
+                database_url.check("MIGRATION_DATABASE_URL", settings.migration_database_url)
             migrations.apply(settings.migration_database_url or conninfo)
             _migrated.add(conninfo)
         return conninfo
@@ -40,7 +40,7 @@ def find(settings: Settings) -> str:
     """
     if not settings.database_url:
         return embedded.start(settings.data_dir)
-    database.check("DATABASE_URL", settings.database_url)
+    database_url.check("DATABASE_URL", settings.database_url)
     return settings.database_url
 
 
