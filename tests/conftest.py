@@ -129,6 +129,23 @@ def postmaster_in(folder: Path) -> psutil.Process:
     return first
 
 
+Figure = Callable[[str, object], None]
+
+
+@pytest.fixture
+def figure(record_property: Figure) -> Figure:
+    """Give a function that has a figure printed at the end of the run, by its name; the README quotes these."""
+    return record_property
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests saw."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    figures = {figure for report in reports for figure in getattr(report, "user_properties", [])}
+    for name, value in sorted(figures):
+        terminalreporter.write_line(f"{name}: {value}")
+
+
 Start = Callable[..., Service]
 
 

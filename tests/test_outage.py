@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import psycopg
 import pytest
 
-from .conftest import Service, as_url, assert_problem, wait_until
+from .conftest import Figure, Service, as_url, assert_problem, wait_until
 from .load import Load, assert_acknowledged_once, assert_unavailable
 from .postgres import Postgres
 
@@ -31,26 +32,64 @@ def service(postgres: Postgres, tmp_path: Path) -> Iterator[Service]:
 
 
 def test_through_three_outages_every_answer_is_quick_and_no_task_is_lost_or_doubled(
-    postgres: Postgres, service: Service
+    postgres: Postgres, service: Service, figure: Figure
 ) -> None:
+    processes = family(service)
     with Load(service, 50) as load:
-        for _ in range(3):
-            time.sleep(1)
-            postgres.kill()
-            time.sleep(1.5)
-            assert service.client.get("/healthz").status_code == httpx.codes.OK
-            assert service.client.get("/docs").status_code == httpx.codes.OK
-            postgres.start()
-            wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
-        time.sleep(0.5)
+        returns = [outage(postgres, service, load) for _ in range(3)]
 
     assert set(load.statuses()) == {201, 503}
     for call in load.calls:
         if call.status != httpx.codes.CREATED:
             assert_unavailable(call)
-    took = [float(found) for found in re.findall(r" 503 ([\d.]+)ms ", service.log())]
-    assert max(took) < 1000
+    slowest = max(float(found) for found in re.findall(r" 503 ([\d.]+)ms ", service.log()))
+    recoveries = [first_success(load, returned) - returned for returned in returns]
+    figure("PostgreSQL killed: slowest 503, ms", round(slowest))
+    figure("PostgreSQL back: first success after, ms", round(1000 * max(recoveries)))
+    assert slowest < 1000
+    assert max(recoveries) < 1
     assert_acknowledged_once(load.calls, postgres.conninfo)
+    assert family(service) == processes
+
+
+def family(service: Service) -> set[int]:
+    """Give the ids of a service's processes."""
+    return {child.pid for child in psutil.Process(service.process.pid).children()} | {service.process.pid}
+
+
+def outage(postgres: Postgres, service: Service, load: Load) -> float:
+    """Kill the database for a while and say when it was back."""
+    time.sleep(1)
+    postgres.kill()
+    time.sleep(1.5)
+    for path in ("/healthz", "/docs"):
+        assert service.client.get(path).status_code == httpx.codes.OK
+    postgres.start()
+    returned = time.monotonic()
+    wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
+    time.sleep(0.5)
+    return returned
+
+
+def first_success(load: Load, moment: float) -> float:
+    """Say when the first task was acknowledged after a moment."""
+    return min(call.ended for call in load.calls if call.status == httpx.codes.CREATED and call.ended > moment)
+
+
+def test_an_outage_is_two_lines_in_the_log(postgres: Postgres, service: Service) -> None:
+    def lines() -> list[str]:
+        found = [line for line in service.log().splitlines() if "todo_api.database" in line or "psycopg" in line]
+        return [line.partition("WARNING ")[2] for line in found]
+
+    for number in range(2):
+        postgres.kill()
+        for _ in range(20):
+            assert_problem(service.client.get("/api/tasks"), 503, "database_unavailable")
+        postgres.start()
+        wait_until(service.answers)
+        [away, back] = lines()[2 * number :]
+        assert away.startswith("todo_api.database: requests get a 503 until the database can be reached: connection ")
+        assert back == "todo_api.database: the database can be reached again"
 
 
 def test_a_locked_task_is_a_503_and_stays_as_it_is(postgres: Postgres, service: Service) -> None:

@@ -24,26 +24,41 @@ _ATTEMPTS = 100  # at a statement that loses to others; of those at work at the 
 log = logging.getLogger(__name__)
 
 
-class _Outage:
-    """Whether the database is known to be away, and a line in the log when that changes."""
+class _Outage(logging.Filter):
+    """Whether the database is known to be away, and a line in the log when that changes.
+
+    The pool logs some lines for each attempt to connect. Out of these it takes the reason, and drops them.
+    """
 
     def __init__(self) -> None:
-        self._known = threading.Event()
-        # The pool says of each attempt why it failed: the first ones are enough.
-        logging.getLogger("psycopg.pool").addFilter(lambda _: not self)
+        super().__init__()
+        self._known = False
+        self._reason = "it does not answer"
+        self._lock = threading.Lock()
+        logging.getLogger("psycopg.pool").addFilter(self)
 
     def __bool__(self) -> bool:
-        return self._known.is_set()
+        return self._known
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        for argument in record.args or ():
+            if isinstance(argument, Exception):
+                self._reason = str(argument).partition("\n")[0]
+        return False
 
     def begin(self) -> None:
-        if not self:
-            log.warning("the database can't be reached; requests get a 503 until it can")
-            self._known.set()
+        with self._lock:
+            if not self._known:
+                log.warning("requests get a 503 until the database can be reached: %s", self._reason)
+                self._known = True
 
     def end(self) -> None:
-        if self:
-            self._known.clear()
-            log.warning("the database can be reached again")
+        if not self._known:  # as on each request
+            return
+        with self._lock:
+            if self._known:
+                log.warning("the database can be reached again")
+                self._known = False
 
 
 @dataclass(frozen=True)
