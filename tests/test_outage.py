@@ -1,6 +1,5 @@
 """The database goes away and comes back: nobody waits for it, and nothing is lost."""
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,11 +41,12 @@ def test_through_three_outages_every_answer_is_quick_and_no_task_is_lost_or_doub
     for call in load.calls:
         if call.status != httpx.codes.CREATED:
             assert_unavailable(call)
-    slowest = max(float(found) for found in re.findall(r" 503 ([\d.]+)ms ", service.log()))
+    # As the clients saw it: how long a request waited for a thread counts, too.
+    slowest = max(call.ended - call.started for call in load.calls if call.status != httpx.codes.CREATED)
     recoveries = [first_success(load, returned) - returned for returned in returns]
-    figure("PostgreSQL killed: slowest 503, ms", round(slowest))
+    figure("PostgreSQL killed: slowest 503, ms", round(1000 * slowest))
     figure("PostgreSQL back: first success after, ms", round(1000 * max(recoveries)))
-    assert slowest < 1000
+    assert slowest < 1
     assert max(recoveries) < 1
     assert_acknowledged_once(load.calls, postgres.conninfo)
     assert family(service) == processes

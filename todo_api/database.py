@@ -11,14 +11,15 @@ from typing import Any
 import psycopg
 from flask import Flask, current_app
 from psycopg.rows import TupleRow
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolTimeout
 
 from todo_api import database_url, statements
 from todo_api.connection import OPTIONS, Connection, PoolerConnection, Silence, take_json_as_bytes
 
 Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
-_PATIENCE = 0.5  # seconds to wait for a connection: errors must reach the client within a second
+_LOOK = 0.01  # seconds to wait for a connection before a look at whether there can be one
+_LOOKS = 50  # errors must reach the client within a second
 _ATTEMPTS = 100  # at a statement that loses to others; of those at work at the same time, one wins each time
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,6 @@ def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, poole
         kwargs=kind.arguments,
         min_size=connections,
         max_size=connections,
-        timeout=_PATIENCE,
         reconnect_timeout=0,  # no waiting longer and longer: the next request tries again
         reconnect_failed=lambda _: outage.begin(),
         configure=configure,
@@ -137,18 +137,27 @@ def _live_connection(database: _Database) -> Connection:
     if pool.closed:
         pool.open()
     while True:
-        try:
-            # While the database is away nobody waits for it: requests would queue behind those that do. Asking for a
-            # connection makes the pool try to get one, and who comes after its success is served.
-            connection = pool.getconn(timeout=0.001 if outage else None)
-        except Unavailable:
-            outage.begin()
-            raise
-        outage.end()
+        connection = _checked_out(pool, outage)
         if not _ended(connection):
+            outage.end()
             return connection
         connection.close()
         pool.putconn(connection)
+
+
+def _checked_out(pool: ConnectionPool[Connection], outage: _Outage) -> Connection:
+    """Take a connection out of the pool.
+
+    Nobody waits for a database that is known to be away: others would queue behind those that do. But asking makes the
+    pool try to connect, and who comes after its success is served.
+    """
+    for _ in range(_LOOKS):
+        with suppress(PoolTimeout):
+            return pool.getconn(timeout=_LOOK)
+        if outage:
+            break
+    outage.begin()
+    raise Unavailable("no connection to the database")
 
 
 def _ended(connection: Connection) -> bool:
