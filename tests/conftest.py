@@ -1,6 +1,7 @@
 """What the tests share: a real service on a real PostgreSQL, and ways to look at both.
 
-The database is an embedded one in a temporary folder, or a new one beside the one that TEST_DATABASE_URL names.
+The database is an embedded one in a temporary folder, or a new one beside the one that TEST_DATABASE_URL names. Where
+TEST_POOLER is set, services reach it, and each other server that has a URL, through a PgBouncer in transaction mode.
 """
 
 import os
@@ -28,10 +29,13 @@ from psycopg.rows import TupleRow
 
 from todo_api import cluster, config, embedded
 
+from . import pgbouncer
+
 config.drop_libpq_variables()  # the tests' connection strings say everything
 
 ROOT = Path(__file__).resolve().parent.parent
 PSQLS = sorted({str(cluster.BIN / "psql"), *filter(None, [shutil.which("psql")])})
+POOLER = {"DATABASE_POOLER": "true"} if os.environ.get("TEST_POOLER") else {}
 START_TIMEOUT = 60  # seconds; far more than a start takes, so that a busy machine fails no test
 
 
@@ -39,7 +43,7 @@ def environment(**settings: object) -> dict[str, str]:
     """Give the environment for a command: this one without the service's settings and libpq's, then ``settings``."""
     ours = tuple(field.name.upper() for field in fields(config.Settings))
     kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PG")}
-    return kept | {name: str(value) for name, value in settings.items()}
+    return kept | POOLER | {name: str(value) for name, value in settings.items()}
 
 
 def free_port() -> int:
@@ -167,8 +171,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.kill()
 
 
+def pytest_sessionfinish() -> None:
+    """Stop the poolers that as_url started."""
+    pgbouncer.stop_shared()
+
+
 def as_url(conninfo: str) -> str:
-    """Write a connection string as a URL, the form that DATABASE_URL takes."""
+    """Write a connection string as a URL, the form that DATABASE_URL takes; where TEST_POOLER is set, by way of one."""
+    if POOLER:
+        conninfo = pgbouncer.shared(make_conninfo(conninfo, dbname=None)).in_front_of(conninfo)
     return f"postgresql://?{urlencode(conninfo_to_dict(conninfo))}"
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,17 +17,18 @@ SEARCH_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH',
 
 def program(name: str) -> str:
     """Find a program, or skip the test that needs it."""
-    return shutil.which(name, path=SEARCH_PATH) or _missing(f"{name} is not installed")
+    return shutil.which(name, path=SEARCH_PATH) or missing(f"{name} is not installed")
 
 
 def npm_program(name: str) -> str:
     """Find a program of tests/npm's packages, or skip the test that needs it."""
     program("node")
     found = shutil.which(name, path=NPM / "node_modules" / ".bin")
-    return found or _missing("the npm packages are not installed: npm ci --prefix tests/npm")
+    return found or missing("the npm packages are not installed: npm ci --prefix tests/npm")
 
 
-def _missing(reason: str) -> str:
+def missing(reason: str) -> NoReturn:
+    """Skip a test that this machine can't run, or fail it where CI is set."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -137,4 +137,4 @@ def test_connections_that_the_server_ended_cost_no_request(service: Service, con
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
                 " WHERE application_name = 'todo_api' AND datname = current_database()"
             ).fetchall()
-        assert len(ended) > 1
+        assert ended

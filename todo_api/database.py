@@ -1,8 +1,6 @@
 """The pool of connections to PostgreSQL: runs a statement of sql/ by its name and gives rows or ready-made JSON."""
 
-import logging
 import select
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +12,9 @@ from psycopg.rows import TupleRow
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from todo_api import database_url, statements
-from todo_api.connection import OPTIONS, Connection, PoolerConnection, Silence, take_json_as_bytes
+from todo_api.config import StartError
+from todo_api.connection import OPTIONS, STATEMENT_TIMEOUT, Connection, PoolerConnection, Silence
+from todo_api.outage import Outage
 
 Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
@@ -22,51 +22,12 @@ _LOOK = 0.01  # seconds to wait for a connection before a look at whether there 
 _LOOKS = 50  # errors must reach the client within a second
 _ATTEMPTS = 100  # at a statement that loses to others; of those at work at the same time, one wins each time
 
-log = logging.getLogger(__name__)
-
-
-class _Outage(logging.Filter):
-    """Whether the database is known to be away, and a line in the log when that changes.
-
-    The pool logs some lines for each attempt to connect. Out of these it takes the reason, and drops them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known = False
-        self._reason = "it does not answer"
-        self._lock = threading.Lock()
-        logging.getLogger("psycopg.pool").addFilter(self)
-
-    def __bool__(self) -> bool:
-        return self._known
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        for argument in record.args or ():
-            if isinstance(argument, Exception):
-                self._reason = str(argument).partition("\n")[0]
-        return False
-
-    def begin(self) -> None:
-        with self._lock:
-            if not self._known:
-                log.warning("requests get a 503 until the database can be reached: %s", self._reason)
-                self._known = True
-
-    def end(self) -> None:
-        if not self._known:  # as on each request
-            return
-        with self._lock:
-            if self._known:
-                log.warning("the database can be reached again")
-                self._known = False
-
 
 @dataclass(frozen=True)
 class _Database:
     pool: ConnectionPool[Connection]
     statements: dict[str, statements.Statement]
-    outage: _Outage
+    outage: Outage
 
 
 def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, pooler: bool) -> None:
@@ -76,10 +37,13 @@ def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, poole
     transaction mode is in between.
     """
     kind = PoolerConnection if pooler else Connection
-    outage = _Outage()
+    outage = Outage()
+    loaded = statements.load()
 
     def configure(connection: Connection) -> None:
-        take_json_as_bytes(connection)
+        connection.configure()
+        if pooler:  # it lets clients in, and lets them wait, while PostgreSQL is away
+            connection.execute(loaded["database/session"].rows)
         outage.end()
 
     pool = ConnectionPool(
@@ -94,7 +58,28 @@ def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, poole
         name="todo_api",
         open=False,  # threads and connections do not survive a fork: the worker opens it
     )
-    app.extensions[_EXTENSION] = _Database(pool, statements.load(), outage)
+    app.extensions[_EXTENSION] = _Database(pool, loaded, outage)
+
+
+def check_session(conninfo: str) -> None:
+    """Find out whether a session has the settings it asked for: behind a pooler in transaction mode it has not.
+
+    Nor has it then what it prepared, or, which is worse, it has what another process prepared under the same name.
+
+    Raises:
+        StartError: it has not, with what to do.
+        Unavailable: the database can't be reached.
+
+    """
+    try:
+        with psycopg.connect(database_url.with_options(conninfo, OPTIONS), **Connection.arguments) as connection:
+            (limit,) = connection.execute(statements.load()["database/session"].rows).fetchone() or (None,)
+    except Unavailable as error:
+        if "unsupported startup parameter" not in str(error):
+            raise
+        limit = None
+    if limit != STATEMENT_TIMEOUT:
+        raise StartError("DATABASE_URL leads to a pooler that takes no session settings: set DATABASE_POOLER=true")
 
 
 def fetch_json(name: str, **parameters: Any) -> bytes | None:
@@ -127,6 +112,10 @@ def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) ->
         connection.abandon()
         database.pool.drain()  # nobody else should find out by waiting
         raise
+    except psycopg.errors.ReadOnlySqlTransaction:
+        # It was the primary's when it was made: target_session_attrs is looked at then, and never again.
+        database.pool.drain()
+        raise
     finally:
         database.pool.putconn(connection)
     return row[0] if row else None
@@ -145,7 +134,7 @@ def _live_connection(database: _Database) -> Connection:
         pool.putconn(connection)
 
 
-def _checked_out(pool: ConnectionPool[Connection], outage: _Outage) -> Connection:
+def _checked_out(pool: ConnectionPool[Connection], outage: Outage) -> Connection:
     """Take a connection out of the pool.
 
     Nobody waits for a database that is known to be away: others would queue behind those that do. But asking makes the
@@ -154,7 +143,7 @@ def _checked_out(pool: ConnectionPool[Connection], outage: _Outage) -> Connectio
     for _ in range(_LOOKS):
         with suppress(PoolTimeout):
             return pool.getconn(timeout=_LOOK)
-        if outage:
+        if outage.known:
             break
     outage.begin()
     raise Unavailable("no connection to the database")

@@ -42,7 +42,7 @@ class _Backend(PostgresqlPsycopgBackend):
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
         """Connect as the pool does."""
         # Never prepared: a pooler in transaction mode may not have it.
-        return psycopg.connect(dburi.args["conninfo"], autocommit=True, connect_timeout=5, prepare_threshold=None)
+        return psycopg.connect(dburi.args["conninfo"], autocommit=True, connect_timeout=2, prepare_threshold=None)
 
     def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
         """Apply a migration, mark it and log it, in the transaction that there is."""

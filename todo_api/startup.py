@@ -26,6 +26,8 @@ def prepare(settings: Settings) -> str:
         if conninfo not in _migrated:
             if settings.migration_database_url:
                 database_url.check("MIGRATION_DATABASE_URL", settings.migration_database_url)
+            if settings.database_url and not settings.database_pooler:
+                database.check_session(conninfo)
             migrations.apply(settings.migration_database_url or conninfo)
             _migrated.add(conninfo)
         return conninfo
