@@ -7,7 +7,7 @@ import psycopg
 
 from todo_api import cluster, socket_folder
 
-from .conftest import postmaster_in, wait_until
+from .conftest import wait_until
 
 
 class Postgres:
@@ -37,7 +37,7 @@ class Postgres:
 
     def kill(self) -> None:
         """End it as a crash does: PostgreSQL's immediate shutdown."""
-        postmaster_in(self.cluster).send_signal(signal.SIGQUIT)
+        self.process.send_signal(signal.SIGQUIT)
         self.process.wait(timeout=60)
 
     def stop(self) -> None:

@@ -48,3 +48,8 @@ def if_match() -> str:
     tags = request.headers["If-Match"]
     versions = [tag[1:-1] for tag in re.findall(_TAG, tags) if _VERSION.fullmatch(tag)] if _TAGS.fullmatch(tags) else []
     return f"{{{','.join(versions) or '0'}}}"
+
+
+def names(etag: str) -> bool:
+    """Say whether If-Match names the version that an ETag of ours is of."""
+    return etag[1:-1] in if_match()[1:-1].split(",")

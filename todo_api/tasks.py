@@ -1,7 +1,7 @@
 """The six calls under /api/tasks: HTTP only."""
 
 import json
-from typing import Any, NoReturn
+from typing import Any
 
 from flask import Flask, Response, abort, request, url_for
 from werkzeug.http import generate_etag
@@ -39,12 +39,21 @@ def init_app(app: Flask, api: Api) -> None:
     api.register_blueprint(blueprint)
 
 
-def _refused(task_id: int) -> NoReturn:
-    """Say why a statement changed nothing: there is no such task, or it is at another version than If-Match names."""
-    task = None
-    if conditions.has_if_match():
-        task = database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id)
-    raise VersionMismatch(conditions.etag_of(task or abort(404, NO_SUCH_TASK)))
+def _change(statement: str, task_id: int, **parameters: Any) -> Response:
+    """Run a statement that changes a task under If-Match, and say why where it changes nothing."""
+    while True:
+        task = database.fetch_json(
+            statement, user_id=current_user(), task_id=task_id, if_match=conditions.if_match(), **parameters
+        )
+        if task:
+            return conditions.answer(task)
+        now = None
+        if conditions.has_if_match():
+            now = database.fetch_json("tasks/get", user_id=current_user(), task_id=task_id)
+        etag = conditions.etag_of(now or abort(404, NO_SUCH_TASK))
+        # Between the two statements it may have come to a version that If-Match names: then that one is tried again.
+        if not conditions.names(etag):
+            raise VersionMismatch(etag)
 
 
 @blueprint.route("")
@@ -126,14 +135,7 @@ def update_task(changes: dict[str, Any], task_id: int) -> Response:
     A JSON Merge Patch (RFC 7396): members that are absent stay as they are, `null` clears the description, and `{}`
     changes nothing.
     """
-    task = database.fetch_json(
-        "tasks/update",
-        user_id=current_user(),
-        task_id=task_id,
-        changes=json.dumps(changes),
-        if_match=conditions.if_match(),
-    )
-    return conditions.answer(task or _refused(task_id))
+    return _change("tasks/update", task_id, changes=json.dumps(changes))
 
 
 @blueprint.route("/<task_id:task_id>", methods=["DELETE"])
@@ -144,8 +146,7 @@ def delete_task(task_id: int) -> Response:
 
     The answer is the task as it last was.
     """
-    task = database.fetch_json("tasks/delete", user_id=current_user(), task_id=task_id, if_match=conditions.if_match())
-    return conditions.answer(task or _refused(task_id))
+    return _change("tasks/delete", task_id)
 
 
 @blueprint.route("/<task_id:task_id>/toggle", methods=["POST"])
@@ -156,5 +157,4 @@ def toggle_task(task_id: int) -> Response:
 
     Flips `completed`; a body is not needed. Toggles at the same time all count.
     """
-    task = database.fetch_json("tasks/toggle", user_id=current_user(), task_id=task_id, if_match=conditions.if_match())
-    return conditions.answer(task or _refused(task_id))
+    return _change("tasks/toggle", task_id)
