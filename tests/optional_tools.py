@@ -12,7 +12,8 @@ from .conftest import ROOT
 
 NPM = ROOT / "tests" / "npm"
 # The programs of the tests' virtual environment come first, as if it were activated.
-SEARCH_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+# Debian keeps servers in /usr/sbin.
+SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
 def program(name: str) -> str:

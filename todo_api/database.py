@@ -1,6 +1,7 @@
 """The pool of connections to PostgreSQL: runs a statement of sql/ by its name and gives rows or ready-made JSON."""
 
 import select
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
 _LOOK = 0.01  # seconds to wait for a connection before a look at whether there can be one
 _LOOKS = 50  # errors must reach the client within a second
+_START_PATIENCE = 5  # seconds for a new worker to connect; those before it still serve
 _ATTEMPTS = 100  # at a statement that loses to others; of those at work at the same time, one wins each time
 
 
@@ -59,6 +61,18 @@ def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, poole
         open=False,  # threads and connections do not survive a fork: the worker opens it
     )
     app.extensions[_EXTENSION] = _Database(pool, loaded, outage)
+
+
+def connect(app: Flask) -> None:
+    """Fill the pool, unless the database is away: the first requests would wait while it fills, and some give up."""
+    database: _Database = app.extensions[_EXTENSION]
+    pool = database.pool
+    pool.open()
+    deadline = time.monotonic() + _START_PATIENCE
+    while pool.get_stats()["pool_available"] < pool.min_size:
+        if database.outage.known or time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
 
 
 def check_session(conninfo: str) -> None:

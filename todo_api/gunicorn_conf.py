@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from todo_api import middleware, startup
+from todo_api import database, middleware, startup
 from todo_api.config import ROOT, fail, load  # not "config", which is one of gunicorn's settings
 
 _settings = load()
@@ -24,6 +24,7 @@ keepalive = 75  # seconds; longer than the load balancers in front, which otherw
 timeout = 30  # seconds without a sign of life from a worker
 graceful_timeout = 10  # seconds for the requests at work when the service stops
 forwarder_headers = ""  # a SCRIPT_NAME header would change the routing
+secure_scheme_headers: dict[str, str] = {}  # nothing depends on the scheme; contradictory headers would be a 400
 control_socket_disable = True
 errorlog = "-"
 loglevel = "warning"  # when_ready says what is worth saying
@@ -38,6 +39,11 @@ def on_starting(server: Any) -> None:
         if isinstance(address, tuple):
             _wait_for_port(*address)
     startup.prepare_or_fail(_settings)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Connect before there are requests: after a reload they come at once."""
+    database.connect(worker.wsgi)
 
 
 def when_ready(server: Any) -> None:
