@@ -220,6 +220,8 @@ def test_a_relative_data_dir_starts_at_the_project_and_a_tilde_at_home(project: 
         "host/name?connect_timeout=abc",
         "host/name?service=nosuch",
         "host/name?sslmode",
+        "db..example/name",
+        f"{'d' * 64}.example/name",
     ],
 )
 def test_a_url_that_libpq_does_not_understand_is_refused(rest: str) -> None:

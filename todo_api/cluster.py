@@ -133,6 +133,16 @@ def run(
         raise StartError(f"{program} failed: {' '.join(done.stderr.split())}")
 
 
+def ping(conninfo: str) -> int:
+    """Ask a server whether it takes connections, for at most 2 s; the answer is one of libpq's PGPing.
+
+    A process of its own asks: libpq's PQping would keep every thread of this one waiting, as it holds the interpreter
+    lock.
+    """
+    command = [str(BIN / "pg_isready"), "--quiet", "--timeout=2", f"--dbname={conninfo}"]
+    return subprocess.run(command, cwd="/", stdin=subprocess.DEVNULL, check=False).returncode
+
+
 def last_words(cluster: Path) -> str:
     """Give the last thing that the server said before it gave up, and where it said it."""
     log_file = log_of(cluster)

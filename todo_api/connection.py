@@ -28,7 +28,7 @@ OPTIONS = " ".join(
     )
 )
 # A connection that the network drops is noticed even where nobody waits for an answer.
-_NETWORK = {
+NETWORK: dict[str, Any] = {
     "connect_timeout": 2,  # seconds; libpq knows no less
     "keepalives_idle": 1,
     "keepalives_interval": 1,
@@ -58,7 +58,7 @@ class Connection(psycopg.Connection[TupleRow]):
         "autocommit": True,
         "prepare_threshold": 0,
         "application_name": "todo_api",
-        **_NETWORK,
+        **NETWORK,
     }
     _unreplicated = False
 

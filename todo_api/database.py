@@ -21,7 +21,7 @@ Unavailable = psycopg.OperationalError
 _EXTENSION = "todo_api.database"
 _LOOK = 0.01  # seconds to wait for a connection before a look at whether there can be one
 _LOOKS = 50  # errors must reach the client within a second
-_START_PATIENCE = 5  # seconds for a new worker to connect; those before it still serve
+_START_PATIENCE = 2  # seconds for a new worker to connect; those before it still serve
 _ATTEMPTS = 100  # at a statement that loses to others; of those at work at the same time, one wins each time
 
 

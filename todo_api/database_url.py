@@ -21,8 +21,14 @@ def check(setting: str, url: str) -> None:
     """
     try:
         # libpq looks at some values only when it connects: so it is asked to, where nobody listens.
-        hosts = str(conninfo_to_dict(url).get("host", "")).split(",")
+        given = conninfo_to_dict(url)
+        hosts = str(given.get("host", "")).split(",")
+        for host in hosts if "hostaddr" not in given else []:
+            if not host.startswith("/"):
+                host.encode("idna")  # as Python does before it looks the name up
         psycopg.connect(make_conninfo(url, host=",".join([_NOWHERE] * len(hosts)), hostaddr=""))
+    except UnicodeError as error:
+        raise StartError(f"{setting}: {host!r} is no name that a host can have") from error
     except psycopg.Error as error:
         if _NOWHERE not in str(error):
             raise StartError(f"{setting}: {error}") from error

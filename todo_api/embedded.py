@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import PGconn, Ping
+from psycopg.pq import Ping
 
 from todo_api import cluster as clusters
 from todo_api import config, socket_folder
@@ -168,7 +168,7 @@ def _conninfo(folder: Path) -> str:
 
 
 def _ping(conninfo: str) -> Ping:
-    return Ping(PGconn.ping(make_conninfo(conninfo, connect_timeout=2).encode()))
+    return Ping(clusters.ping(conninfo))
 
 
 def _ensure_database(conninfo: str) -> None:

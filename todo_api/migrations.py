@@ -25,6 +25,7 @@ from yoyo.migrations import Migration, MigrationList, default_migration_table, t
 
 from todo_api import statements
 from todo_api.config import StartError
+from todo_api.connection import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class _Backend(PostgresqlPsycopgBackend):
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
         """Connect as the pool does."""
         # Never prepared: a pooler in transaction mode may not have it.
-        return psycopg.connect(dburi.args["conninfo"], autocommit=True, connect_timeout=2, prepare_threshold=None)
+        return psycopg.connect(dburi.args["conninfo"], autocommit=True, prepare_threshold=None, **NETWORK)
 
     def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
         """Apply a migration, mark it and log it, in the transaction that there is."""

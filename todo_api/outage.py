@@ -2,6 +2,9 @@
 
 import logging
 import threading
+import time
+
+_QUIET = 5  # seconds; a reason may hold the id of a process, and so be another one each time
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +20,7 @@ class Outage(logging.Filter):
         super().__init__()
         self.known = False
         self._reason = "it does not answer"
+        self._quiet_until = 0.0
         self._lock = threading.Lock()
         logging.getLogger("psycopg.pool").addFilter(self)
 
@@ -24,8 +28,18 @@ class Outage(logging.Filter):
         """Keep a failed attempt's reason, and drop the line."""
         for argument in record.args or ():
             if isinstance(argument, Exception):
-                self._reason = str(argument).partition("\n")[0]
+                self._heed(str(argument).partition("\n")[0])
         return False
+
+    def _heed(self, reason: str) -> None:
+        """Keep a reason, and say it where the log has another: then somebody may have to do something."""
+        with self._lock:
+            if self.known and (reason == self._reason or time.monotonic() < self._quiet_until):
+                return
+            self._reason = reason
+            if self.known:
+                self._quiet_until = time.monotonic() + _QUIET
+                log.warning("the database still can't be reached: %s", reason)
 
     def begin(self) -> None:
         """Say that the database is away."""
@@ -33,6 +47,7 @@ class Outage(logging.Filter):
             if not self.known:
                 log.warning("requests get a 503 until the database can be reached: %s", self._reason)
                 self.known = True
+                self._quiet_until = time.monotonic() + _QUIET
 
     def end(self) -> None:
         """Say that it is back, or has been there all the time."""

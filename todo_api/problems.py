@@ -28,7 +28,7 @@ KINDS: dict[int, tuple[str, str]] = {
     415: ("unsupported_media_type", "The body must be application/json"),
     422: ("idempotency_key_reused", "This Idempotency-Key came with another body before"),
     500: ("internal_error", "Something went wrong in the service; it is in its log, under this answer's X-Request-ID"),
-    503: ("database_unavailable", "The database can't be reached just now; try again"),
+    503: ("database_unavailable", "The database can't do this just now; try again"),
 }
 
 RETRY_AFTER = 1  # seconds; a restart of PostgreSQL takes about that long

@@ -9,6 +9,7 @@ from todo_api.config import Settings
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _migrated: set[str] = set()
+_away = threading.Event()  # the database was, when this process or the one that it was forked from started
 
 
 def prepare(settings: Settings) -> str:
@@ -48,9 +49,12 @@ def find(settings: Settings) -> str:
 
 def prepare_or_fail(settings: Settings) -> None:
     """Make the database ready at the start; one that can't be reached is waited for while the service answers 503."""
+    if _away.is_set():
+        return  # gunicorn's master has found out, and said so: its workers need not wait for it again
     try:
         prepare(settings)
     except config.StartError as error:
         config.fail(error)
     except database.Unavailable as error:
+        _away.set()
         log.warning("the database can't be reached yet: %s", str(error).partition("\n")[0])
