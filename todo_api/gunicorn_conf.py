@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -15,11 +16,27 @@ _settings = load()
 middleware.configure_logging()
 log = logging.getLogger("todo_api")
 
+
+def _allowed_connections() -> int:
+    """Raise the limit of open files, and give how many clients of one worker fit below it.
+
+    It is often 1024, for the sake of programs that use select(). A worker that runs into it dies.
+    """
+    own = 100 + 4 * _settings.web_threads  # connections to PostgreSQL, selectors and the like
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = own + 10_000
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted - own if soft == resource.RLIM_INFINITY else min(soft, wanted) - own
+
+
 chdir = str(ROOT)
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 workers = _settings.web_concurrency
 worker_class = "gthread"
 threads = _settings.web_threads
+worker_connections = _allowed_connections()
 keepalive = 75  # seconds; longer than the load balancers in front, which otherwise race with the close
 timeout = 30  # seconds without a sign of life from a worker
 graceful_timeout = 10  # seconds for the requests at work when the service stops
