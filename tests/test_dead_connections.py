@@ -11,7 +11,7 @@ import httpx
 import psycopg
 import pytest
 
-from .conftest import Service, as_url, wait_until
+from .conftest import Service, Start, as_url, wait_until
 from .load import Crowd
 from .postgres import Postgres
 
@@ -130,12 +130,12 @@ class Relay:
         server.close()
 
 
-def test_a_request_is_one_round_trip_to_the_database(postgres: Postgres, tmp_path: Path) -> None:
+def test_a_request_is_one_round_trip_to_the_database(postgres: Postgres, tmp_path: Path, start: Start) -> None:
     folder = tmp_path / "relay"
     folder.mkdir()
     relay = Relay(folder, postgres.cluster / ".s.PGSQL.5432")
     url = as_url(f"host={folder} port=5432 user=postgres dbname=postgres")
-    service = Service(tmp_path / "relayed", DATABASE_URL=url, WEB_CONCURRENCY=1).wait()
+    service = start(DATABASE_URL=url).wait()
     path = f"/api/tasks/{service.client.post('/api/tasks', json={'title': 'Buy milk'}).json()['id']}"
     for _ in range(20):  # until each connection has prepared the statement
         service.client.get(path)

@@ -90,7 +90,7 @@ def test_the_folder_that_it_is_started_in_does_not_matter(tmp_path: Path, start:
 
 
 def test_a_port_in_use_gets_one_line_whoever_has_it(tmp_path: Path, data_dir: Path, start: Start) -> None:
-    service = start(DATA_DIR=data_dir).wait()  # it listens with SO_REUSEPORT, a stranger may not
+    service = start(DATA_DIR=data_dir).wait()
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         ports = [service.port, stranger.getsockname()[1]]
         for refused in [start(DATA_DIR=tmp_path / "data", PORT=port) for port in ports]:

@@ -64,7 +64,7 @@ class Connection(psycopg.Connection[TupleRow]):
 
     def configure(self) -> None:
         """Make it ready for use, once."""
-        self.adapters.register_loader("json", _JsonAsBytes)
+        self.adapters.register_loader("json", JsonAsBytes)
         self.add_notice_handler(self._heed)
 
     def wait(self, gen: PQGen[RV], interval: float = 0, timeout: float | None = None) -> RV:
@@ -128,8 +128,9 @@ class PoolerConnection(Connection):
     arguments = Connection.arguments | {"prepare_threshold": None}
 
 
-class _JsonAsBytes(Loader):
+class JsonAsBytes(Loader):
     """Hands over JSON as the bytes that PostgreSQL sent; it goes to the client just so."""
 
     def load(self, data: Buffer) -> bytes:
+        """Copy the bytes."""
         return bytes(data)

@@ -34,7 +34,7 @@ def _allowed_connections() -> int:
 chdir = str(ROOT)
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 workers = _settings.web_concurrency
-worker_class = "gthread"
+worker_class = "todo_api.worker.Worker"
 threads = _settings.web_threads
 worker_connections = _allowed_connections()
 keepalive = 75  # seconds; longer than the load balancers in front, which otherwise race with the close

@@ -1,0 +1,94 @@
+"""gunicorn's threaded worker, which lets its connections go without making anybody wait."""
+
+import logging
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from gunicorn.workers.gthread import ThreadWorker
+
+_LINGER = 2.0  # seconds for a client to close its side, as gunicorn has it
+_PIECE = 65_536
+_SILENCE = struct.pack("@ll", 10, 0)  # seconds and microseconds; a struct timeval
+
+
+def _is_no_halt(record: logging.LogRecord) -> bool:
+    """Say whether a line is something else than the traceback of a client that halted, which is nobody's bug."""
+    return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError))
+
+
+class Worker(ThreadWorker):
+    """A worker that refuses connections as soon as it stops, and in whose main loop nobody waits for one client."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Begin without connections."""
+        super().__init__(*args, **kwargs)
+        self.leaving: deque[Any] = deque()  # connections that wait for their client to close its side
+
+    def init_process(self) -> None:
+        """Run, and see to it that a client that halts within a request or an answer does not keep a thread for ever."""
+        for listener in self.sockets:  # the connections that it accepts have these from it
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                listener.setsockopt(socket.SOL_SOCKET, option, _SILENCE)
+        self.log.error_log.addFilter(_is_no_halt)
+        super().init_process()
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        """Begin to stop, which gunicorn does with this: connections without a request are kept until then.
+
+        It leaves the listening sockets open until the last connection has gone, seconds later. Who connects meanwhile
+        would send a request to nobody, and be reset in the end: so they are closed now, for the next to be refused.
+        """
+        while self.sockets:
+            self._accept_all(listener := self.sockets.pop())
+            listener.close()
+        super()._cap_keepalive(deadline)
+        for conn in self.pending_conns:  # they never asked for anything
+            conn.timeout = min(conn.timeout, deadline)
+
+    def _accept_all(self, listener: Any) -> None:
+        before = -1
+        while before < self.nr_conns < self.worker_connections:
+            before = self.nr_conns
+            self.accept(listener)
+
+    def finish_request(self, conn: Any, future: Future[Any]) -> None:
+        """Keep a connection for its next request, or let it go; gunicorn would wait here until the client has, too."""
+        if future.cancelled() or future.exception() or future.result():
+            super().finish_request(conn, future)
+            return
+        with suppress(OSError):
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.settimeout(0)
+            conn.timeout = time.monotonic() + _LINGER
+            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._discard, conn))
+            self.leaving.append(conn)
+            return
+        self._forget(conn)
+
+    def _discard(self, conn: Any, sock: socket.socket) -> None:
+        """Throw away what a client still sends: to close before it has been read would cut the answer off."""
+        with suppress(OSError):
+            if sock.recv(_PIECE):
+                return
+        self.leaving.remove(conn)
+        self.poller.unregister(sock)
+        self._forget(conn)
+
+    def _forget(self, conn: Any) -> None:
+        self.nr_conns -= 1
+        conn.close()
+
+    def murder_pending(self) -> None:
+        """Close the connections whose clients have had time enough."""
+        super().murder_pending()
+        while self.leaving and self.leaving[0].timeout < time.monotonic():
+            conn = self.leaving.popleft()
+            self.poller.unregister(conn.sock)
+            self._forget(conn)
