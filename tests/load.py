@@ -174,9 +174,10 @@ class Crowd(Clients):
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: str, *, first: bool
     ) -> Exchange:
-        title = uuid.uuid4().hex if kind == "create" else ""
+        name = uuid.uuid4().hex
+        title = name if kind == "create" else ""
         started = time.monotonic()
-        writer.write(self._request(kind, title))
+        writer.write(self._request(kind, title, name))
         head = body = b""
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -188,11 +189,12 @@ class Crowd(Clients):
             return Exchange(kind, title, started, time.monotonic(), outcome, first)
         status = int(lines[0].split()[1])
         # Where a request was answered twice, the next one finds the second answer.
-        outcome = "answered" if status != httpx.codes.CREATED or title.encode() in body else "another's"
+        own = headers["x-request-id"] == name and (status != httpx.codes.CREATED or title.encode() in body)
+        outcome = "answered" if own else "another's"
         closing = headers.get("connection") == "close"
         return Exchange(kind, title, started, time.monotonic(), outcome, first, status, closing)
 
-    def _request(self, kind: str, title: str) -> bytes:
+    def _request(self, kind: str, title: str, name: str) -> bytes:
         body = f'{{"title": "{title}"}}' if title else ""
         line = {
             "create": "POST /api/tasks",
@@ -200,7 +202,7 @@ class Crowd(Clients):
             "get": f"GET {self.path}",
             "list": "GET /api/tasks",
         }[kind]
-        headers = f"Host: todo\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        headers = f"Host: todo\r\nX-Request-ID: {name}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         return f"{line} HTTP/1.1\r\n{headers}\r\n\r\n{body}".encode()
 
     def assert_nothing_lost(self, conninfo: str) -> None:

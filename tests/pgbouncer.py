@@ -29,7 +29,7 @@ _SETTINGS = {
     "pool_mode": "transaction",
     "admin_users": "postgres",
     "default_pool_size": 4,  # few, so that the connections to the server really are shared
-    "server_login_retry": 0.2,  # seconds; by default PgBouncer leaves a server that is back alone for up to 15 s
+    "server_login_retry": 1,  # seconds; by default PgBouncer leaves a server that is back alone for up to 15 s
     "log_connections": 0,
     "log_disconnections": 0,
 }

@@ -272,8 +272,8 @@ def test_rows_come_as_one_object_or_one_array(connection: psycopg.Connection[Tup
     statement = parse("tasks/some", "SELECT n FROM generate_series(1, :'n'::int) AS n ORDER BY n DESC -- last\n;")
     assert connection.execute(statement.row_json, {"n": 1}).fetchall() == [({"n": 1},)]
     assert connection.execute(statement.row_json, {"n": 0}).fetchall() == []
-    assert connection.execute(statement.rows_json, {"n": 2}).fetchall() == [([{"n": 2}, {"n": 1}],)]
-    assert connection.execute(statement.rows_json, {"n": 0}).fetchall() == [([],)]
+    assert connection.execute(statement.rows_json, {"n": 2}).fetchall() == [([{"n": 2}, {"n": 1}], 2)]
+    assert connection.execute(statement.rows_json, {"n": 0}).fetchall() == [([], 0)]
 
 
 def test_every_file_of_the_project_loads_under_its_name() -> None:

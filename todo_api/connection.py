@@ -24,7 +24,7 @@ OPTIONS = " ".join(
         "tcp_keepalives_idle=5",
         "tcp_keepalives_interval=5",
         "tcp_keepalives_count=2",
-        "TimeZone=UTC",
+        "TimeZone=UTC",  # also where a proxy, such as Neon's, drops libpq's own setting of it
     )
 )
 # A connection that the network drops is noticed even where nobody waits for an answer.
@@ -35,7 +35,7 @@ NETWORK: dict[str, Any] = {
     "keepalives_count": 1,
     "tcp_user_timeout": 2000,  # milliseconds
 }
-_INTERVAL = 0.15  # seconds without a byte from the server; after
+_INTERVAL = 0.14  # seconds without a byte from the server; after
 _PATIENCE = 4  # of these a statement is cancelled, and after
 _END = 6  # nobody waits any more: errors must reach the client within a second
 _CANCEL = 0.2  # seconds to ask for that

@@ -48,6 +48,10 @@ def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, poole
             connection.execute(loaded["database/session"].rows)
         outage.end()
 
+    def failed(pool: ConnectionPool[Connection]) -> None:
+        if not pool.get_stats()["pool_size"]:  # while it has some, it is worth waiting for one
+            outage.begin()
+
     pool = ConnectionPool(
         conninfo if pooler else lambda: database_url.with_options(conninfo(), OPTIONS),
         connection_class=kind,
@@ -55,7 +59,7 @@ def init_app(app: Flask, conninfo: Callable[[], str], *, connections: int, poole
         min_size=connections,
         max_size=connections,
         reconnect_timeout=0,  # no waiting longer and longer: the next request tries again
-        reconnect_failed=lambda _: outage.begin(),
+        reconnect_failed=failed,
         configure=configure,
         name="todo_api",
         open=False,  # threads and connections do not survive a fork: the worker opens it
@@ -86,7 +90,7 @@ def check_session(conninfo: str) -> None:
 
     """
     try:
-        with psycopg.connect(database_url.with_options(conninfo, OPTIONS), **Connection.arguments) as connection:
+        with Connection.connect(database_url.with_options(conninfo, OPTIONS), **Connection.arguments) as connection:
             (limit,) = connection.execute(statements.load()["database/session"].rows).fetchone() or (None,)
     except Unavailable as error:
         if "unsupported startup parameter" not in str(error):
@@ -104,24 +108,25 @@ def fetch_json(name: str, **parameters: Any) -> bytes | None:
 
     """
     database: _Database = current_app.extensions[_EXTENSION]
-    return _fetch_value(database, database.statements[name].row_json, parameters)
+    row = _fetch_row(database, database.statements[name].row_json, parameters)
+    return row[0] if row else None
 
 
-def fetch_json_list(name: str, **parameters: Any) -> bytes:
-    """Run a statement and give its rows as a JSON array.
+def fetch_json_list(name: str, **parameters: Any) -> tuple[bytes, int]:
+    """Run a statement and give its rows as a JSON array, and how many there are.
 
     Raises:
         psycopg.Error: ``problems`` has the table of what becomes of which.
 
     """
     database: _Database = current_app.extensions[_EXTENSION]
-    return _fetch_value(database, database.statements[name].rows_json, parameters) or b"[]"
+    return _fetch_row(database, database.statements[name].rows_json, parameters) or (b"[]", 0)
 
 
-def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) -> bytes | None:
+def _fetch_row(database: _Database, sql: bytes, parameters: dict[str, Any]) -> Any:
     connection = _live_connection(database)
     try:
-        row = _execute(connection, sql, parameters).fetchone()
+        return _execute(connection, sql, parameters).fetchone()
     except Silence:
         connection.abandon()
         database.pool.drain()  # nobody else should find out by waiting
@@ -132,7 +137,6 @@ def _fetch_value(database: _Database, sql: bytes, parameters: dict[str, Any]) ->
         raise
     finally:
         database.pool.putconn(connection)
-    return row[0] if row else None
 
 
 def _live_connection(database: _Database) -> Connection:

@@ -15,6 +15,6 @@ def live() -> Response:
 
 @blueprint.get("/readyz")
 def ready() -> Response:
-    """Say that the database can be reached and has its tables; a 503 problem otherwise."""
+    """Say that the database can be reached; a 503 problem otherwise."""
     database.fetch_json("database/ready")
     return Response('{"status": "ready"}', mimetype="application/json")

@@ -1,17 +1,21 @@
 """What every request gets: an id, a limit for its body, a line in the log, and headers that make browsers careful."""
 
 import logging
+import os
 import re
 import sys
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from flask import Flask, Response, g, request
+from flask import Flask, request
 from flask_cors import CORS
 
 from todo_api.json_body import too_large
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 access_log = logging.getLogger("todo_api.access")
 
@@ -21,6 +25,8 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 
 def configure_logging() -> None:
     """Send the logs to standard error; call it before anything logs."""
+    # What no line shows need not be looked up for each.
+    logging.logThreads = logging.logMultiprocessing = False
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for library in ("psycopg.pool", "yoyo"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -40,32 +46,33 @@ def init_app(app: Flask, cors_origins: Sequence[str]) -> None:
             always_send=False,  # only to browsers, and each gets its own origin
             max_age=600,  # seconds until a browser asks again whether it may
         )
-    app.before_request(_begin)
-    app.after_request(_end)
+    app.before_request(_limit_body)
 
 
-def request_id() -> str:
-    """Give this request's id: the caller's X-Request-ID where it is sane, or a new one."""
-    given = request.headers.get("X-Request-ID", "")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _begin() -> None:
-    g.started = time.perf_counter()
-    g.request_id = request_id()
-    if (request.content_length or 0) > (request.max_content_length or 0):
+def _limit_body() -> None:
+    if request.environ.get("CONTENT_LENGTH") and (request.content_length or 0) > (request.max_content_length or 0):
         raise too_large(request)
 
 
-def _end(response: Response) -> Response:
-    response.headers["X-Request-ID"] = g.request_id
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    access_log.info(
-        "%s %s %d %.1fms %s",
-        request.method,
-        quote(request.path, safe="/"),  # a path can hold a line break
-        response.status_code,
-        1000 * (time.perf_counter() - g.started),
-        g.request_id,
-    )
-    return response
+def finishing(environ: "WSGIEnvironment", start_response: "StartResponse") -> "StartResponse":
+    """Give a request's ``start_response`` that adds the headers and logs; as hooks of Flask's this took 10 % of a read.
+
+    The id is the caller's X-Request-ID where it is sane, or a new one.
+    """
+    started = time.perf_counter()
+    given = environ.get("HTTP_X_REQUEST_ID", "")
+    request_id = given if _SANE_ID.fullmatch(given) else os.urandom(16).hex()
+
+    def start(status: str, headers: list[tuple[str, str]], error: Any = None, /) -> Callable[[bytes], object]:
+        access_log.info(
+            "%s %s %.3s %.1fms %s",
+            environ["REQUEST_METHOD"],
+            quote(environ["PATH_INFO"].encode("latin-1"), safe="/"),  # a path can hold a line break
+            status,
+            1000 * (time.perf_counter() - started),
+            request_id,
+        )
+        added = [("X-Request-ID", request_id), ("X-Content-Type-Options", "nosniff")]
+        return start_response(status, headers + added, error)
+
+    return start

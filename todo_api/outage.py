@@ -6,6 +6,8 @@ import time
 
 _QUIET = 5  # seconds; a reason may hold the id of a process, and so be another one each time
 
+_UNKNOWN = "it does not answer"
+
 log = logging.getLogger(__name__)
 
 
@@ -19,7 +21,7 @@ class Outage(logging.Filter):
         """Begin without one, and listen to the pool."""
         super().__init__()
         self.known = False
-        self._reason = "it does not answer"
+        self._reason = _UNKNOWN
         self._quiet_until = 0.0
         self._lock = threading.Lock()
         logging.getLogger("psycopg.pool").addFilter(self)
@@ -57,3 +59,4 @@ class Outage(logging.Filter):
             if self.known:
                 log.warning("the database can be reached again")
                 self.known = False
+                self._reason = _UNKNOWN

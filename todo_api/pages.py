@@ -11,10 +11,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BETWEEN = b", \n "
 
 
-def cut(tasks: bytes, limit: int) -> tuple[bytes, str | None]:
-    """Cut a JSON array of tasks at ``limit``, and give the cursor of the next page where there was more."""
-    if tasks.count(_BETWEEN) < limit:
-        return tasks, None
+def cut(tasks: bytes) -> tuple[bytes, str]:
+    """Cut the last task off a JSON array of several, and give the cursor of the page that begins with it."""
     page = tasks[: tasks.rindex(_BETWEEN)]
     last = json.loads(page[1:].rpartition(_BETWEEN)[2])
     microseconds = (datetime.fromisoformat(last["created_at"]) - _EPOCH) // timedelta(microseconds=1)

@@ -55,7 +55,7 @@ class Statement:
     """One .sql file, ready for psycopg: bytes, which is what psycopg takes where a text is not a literal in the code.
 
     ``rows`` is the file itself; ``row_json`` gives its only row as a JSON object (no row where it has none);
-    ``rows_json`` gives its rows as one JSON array, in their order.
+    ``rows_json`` gives its rows as one JSON array, in their order, and how many there are.
     """
 
     name: str
@@ -99,7 +99,7 @@ def parse(name: str, text: str) -> Statement:
         parameters=frozenset(parameters),
         rows=rows.encode(),
         row_json=f"{wrapped} SELECT row_to_json(row) FROM row".encode(),
-        rows_json=f"{wrapped} SELECT coalesce(json_agg(row), '[]') FROM row".encode(),
+        rows_json=f"{wrapped} SELECT coalesce(json_agg(row), '[]'), count(*) FROM row".encode(),
     )
 
 

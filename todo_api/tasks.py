@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from flask import Flask, Response, abort, request, url_for
-from werkzeug.http import generate_etag
+from flask import Flask, Response, abort, request
 from werkzeug.routing import BaseConverter
 
 from todo_api import conditions, database, pages
@@ -57,7 +56,7 @@ def _change(statement: str, task_id: int, **parameters: Any) -> Response:
 
 
 @blueprint.route("")
-@blueprint.arguments(TaskQuery, location="query")
+@blueprint.arguments(TaskQuery(), location="query")
 @blueprint.response(
     200, Task(many=True), example=[EXAMPLE], headers=answers_with("ETag of a list", "Link", "Cache-Control")
 )
@@ -69,7 +68,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
     as it is. A page begins where the one before ended, whatever was created or deleted meanwhile.
     """
     limit = query.get("limit", LIST_LIMIT)
-    tasks = database.fetch_json_list(
+    tasks, count = database.fetch_json_list(
         "tasks/list",
         user_id=current_user(),
         limit=limit + 1,  # to see whether there is a next page
@@ -77,16 +76,16 @@ def list_tasks(query: dict[str, Any]) -> Response:
         q=query.get("q", ""),
         after=query.get("after", pages.FIRST),
     )
-    page, cursor = pages.cut(tasks, limit)
+    page, cursor = pages.cut(tasks) if count > limit else (tasks, None)
     response = Response(page, mimetype="application/json", headers={"Cache-Control": conditions.CACHE})
-    response.set_etag(generate_etag(page + (cursor or "").encode()), weak=True)  # of the Link, too
+    response.set_etag(conditions.digest(page, cursor or ""), weak=True)  # of the Link, too
     if cursor:
-        response.headers["Link"] = pages.next_link(url_for("tasks.list_tasks"), request.args, cursor)
+        response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
     return conditions.unless_known(response)
 
 
 @blueprint.route("", methods=["POST"])
-@blueprint.arguments(NewTask, example={"title": "Buy milk"})
+@blueprint.arguments(NewTask(), example={"title": "Buy milk"})
 @blueprint.response(201, Task, example=EXAMPLE, headers=answers_with("Location", "ETag", "Cache-Control"))
 @documented(400, 413, 415, 422, 500, 503, takes=["Idempotency-Key"])
 def create_task(task: dict[str, Any]) -> Response:
@@ -105,7 +104,7 @@ def create_task(task: dict[str, Any]) -> Response:
     else:
         raise MalformedRequest(f"Idempotency-Key must have 1 to {KEY_LENGTH} characters")
     response = conditions.answer(created or abort(422), 201)
-    response.location = url_for("tasks.get_task", task_id=json.loads(response.data)["id"])
+    response.location = f"{request.path}/{json.loads(response.data)['id']}"
     return response
 
 
@@ -122,7 +121,7 @@ def get_task(task_id: int) -> Response:
 
 
 @blueprint.route("/<task_id:task_id>", methods=["PATCH"])
-@blueprint.arguments(TaskChanges, example={"completed": True})
+@blueprint.arguments(TaskChanges(), example={"completed": True})
 @blueprint.response(200, Task, example=EXAMPLE, headers=answers_with("ETag", "Cache-Control"))
 @documented(
     *(400, 404, 412, 413, 415, 500, 503),
