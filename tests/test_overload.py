@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from .conftest import Figure, Service, Start, as_url, wait_until
 from .load import Crowd, Load, assert_unavailable
@@ -207,4 +208,17 @@ def test_while_postgresql_is_out_of_connections_requests_get_a_quick_503(
     with Load(service, 8) as load:
         wait_until(lambda: connections(postgres) == 4)  # as many as before
     assert set(load.statuses()) == {201}
+    assert service.stop() == 0
+
+
+def test_fewer_connections_than_threads_are_enough(url: str, postgres: Postgres, start: Start) -> None:
+    with psycopg.connect(postgres.conninfo, autocommit=True) as db:
+        db.execute("CREATE ROLE few LOGIN CONNECTION LIMIT 3")
+        db.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO few")
+    few = as_url(make_conninfo(postgres.conninfo, user="few"))
+    service = start(DATABASE_URL=few, MIGRATION_DATABASE_URL=url, WEB_THREADS=16).wait()
+    with Load(service, 16) as load:
+        time.sleep(3)
+    assert set(load.statuses()) == {201}
+    assert "503 until" not in service.log()
     assert service.stop() == 0

@@ -1,0 +1,62 @@
+"""The limit of the stack: a bare WSGI application with gunicorn and a psycopg pool that runs the same statements.
+
+It checks nothing, logs nothing and knows no errors.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+from psycopg_pool import ConnectionPool
+
+from todo_api import pages, statements
+from todo_api.connection import OPTIONS, JsonAsBytes
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+SQL = statements.load()
+USER = {"user_id": "local"}
+FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.FIRST}
+
+pool = ConnectionPool(
+    os.environ["DATABASE_URL"],
+    min_size=4,
+    configure=lambda connection: connection.adapters.register_loader("json", JsonAsBytes),
+    kwargs={"autocommit": True, "prepare_threshold": 0, "options": OPTIONS},
+    open=False,
+)
+
+
+def fetch(statement: bytes, parameters: dict[str, Any]) -> bytes:
+    """Run a statement."""
+    if pool.closed:
+        pool.open()
+    with pool.connection() as connection:
+        row = connection.execute(statement, parameters).fetchone()
+    return row[0] if row else b"null"
+
+
+def app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    """Answer one of the six calls."""
+    method, parts = environ["REQUEST_METHOD"], environ["PATH_INFO"].split("/")  # "", "api", "tasks", id, "toggle"
+    task = USER | {"task_id": parts[3], "if_match": "{}"} if len(parts) > 3 else USER
+    if len(parts) == 3 and method == "GET":
+        body = fetch(SQL["tasks/list"].rows_json, FIRST_PAGE | dict(parse_qsl(environ["QUERY_STRING"])))
+    elif len(parts) == 3:
+        body = fetch(SQL["tasks/create"].row_json, USER | {"task": read(environ)})
+    elif len(parts) == 5:
+        body = fetch(SQL["tasks/toggle"].row_json, task)
+    elif method == "PATCH":
+        body = fetch(SQL["tasks/update"].row_json, task | {"changes": read(environ)})
+    else:
+        body = fetch(SQL["tasks/get" if method == "GET" else "tasks/delete"].row_json, task)
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def read(environ: "WSGIEnvironment") -> str:
+    """Read the body."""
+    body: bytes = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+    return body.decode()

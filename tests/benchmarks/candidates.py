@@ -1,0 +1,101 @@
+"""The applications that are compared, each as a server of two workers on the same database."""
+
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import psutil
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.conftest import ROOT, as_url, environment, free_port
+
+WORKERS = 2
+THREADS = 4
+
+COMMANDS = {
+    "service": [sys.executable, "wsgi.py"],
+    # What the service's own gunicorn is set to, as far as it matters here.
+    "bare": [
+        *[sys.executable, "-m", "gunicorn", "--no-control-socket", "--log-level=warning", "--keep-alive=75"],
+        *["--worker-class=gthread", f"--workers={WORKERS}", f"--threads={THREADS}", "tests.benchmarks.bare:app"],
+    ],
+    "FastAPI": [
+        *[sys.executable, "-m", "uvicorn", "--log-level=warning", "--no-access-log"],
+        *[f"--workers={WORKERS}", "tests.benchmarks.sqlmodel_app:app"],
+    ],
+}
+
+
+class Candidate:
+    """A running application."""
+
+    def __init__(self, name: str, conninfo: str, log: Path) -> None:
+        """Start it and wait for its first answer."""
+        self.name = name
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        arguments = {"bare": [f"--bind=127.0.0.1:{port}"], "FastAPI": [f"--port={port}"]}.get(name, [])
+        settings = {
+            "DATABASE_URL": as_url(conninfo),
+            "SQLALCHEMY_URL": sqlalchemy_url(conninfo),
+            "PORT": port,
+            "WEB_CONCURRENCY": WORKERS,
+            "WEB_THREADS": THREADS,
+        }
+        started = time.monotonic()
+        with log.open("wb") as output:
+            self.process = psutil.Popen(
+                [*COMMANDS[name], *arguments], cwd=ROOT, env=environment(**settings), stdout=output, stderr=output
+            )
+        while not self._answers():
+            assert self.process.poll() is None, log.read_text()
+            assert time.monotonic() < started + 60, log.read_text()
+            time.sleep(0.01)
+        self.start_seconds = time.monotonic() - started
+
+    def _answers(self) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/api/tasks?limit=1").is_success
+        return False
+
+    def processes(self) -> list[psutil.Process]:
+        """Give the master and its workers, without a database's processes."""
+        children = [child for child in self.process.children(recursive=True) if child.name() != "postgres"]
+        return [psutil.Process(self.process.pid), *children]
+
+    def memory(self) -> float:
+        """Give the memory that it takes, in MiB; what its processes share counts once (PSS)."""
+        return sum(process.memory_full_info().pss for process in self.processes()) / 2**20
+
+    def cpu_seconds(self) -> float:
+        """Give the processor time that it has used."""
+        return cpu_seconds(self.processes())
+
+    def settle(self) -> None:
+        """Wait until it has nothing to do: some go on with requests whose clients have left."""
+        deadline = time.monotonic() + 60
+        before = -1.0
+        while (now := self.cpu_seconds()) > before + 0.02 and time.monotonic() < deadline:
+            before = now
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=30)
+
+
+def sqlalchemy_url(conninfo: str) -> str:
+    """Write a connection string as SQLAlchemy's asyncpg dialect takes it."""
+    parts = {name: quote(str(value)) for name, value in conninfo_to_dict(conninfo).items()}
+    return "postgresql+asyncpg://{user}@/{dbname}?host={host}&port={port}".format(**parts)
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    """Give the processor time that processes have used."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)

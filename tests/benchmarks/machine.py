@@ -1,0 +1,20 @@
+"""The machine that figures come from."""
+
+import platform
+import re
+from pathlib import Path
+
+import psutil
+
+from todo_api import cluster
+
+
+def describe() -> str:
+    """Name the processor, its cores, the memory and the versions."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    [model, *_] = [*re.findall(r"^model name\s*: (.*)", text, re.MULTILINE), platform.machine()]
+    memory = psutil.virtual_memory().total / 2**30
+    version = Path(cluster.BIN / "../include/pg_config.h")
+    found = re.search(r'PG_VERSION "([\d.]+)"', version.read_text()) if version.exists() else None
+    postgres = f"PostgreSQL {found[1]}" if found else "the embedded PostgreSQL"
+    return f"{model}, {psutil.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {postgres}"

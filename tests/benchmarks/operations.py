@@ -1,0 +1,58 @@
+"""What is measured: the calls, and the same as statements for pgbench."""
+
+import re
+from dataclasses import dataclass
+
+from todo_api import pages, statements
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call that is made again and again."""
+
+    name: str
+    method: str
+    path: str  # {id} is a task's id out of the range
+    body: str = ""  # {n} is another number each time
+    statement: str = ""
+    one: bool = True  # whether it answers one task
+
+
+TASKS = "/api/tasks"
+ALL = Operation("list of 10 000", "GET", TASKS, statement="tasks/list", one=False)
+READ = Operation("read", "GET", f"{TASKS}/{{id}}", statement="tasks/get")
+CREATE = Operation("create", "POST", TASKS, '{"title": "Buy milk {n}"}', "tasks/create")
+PATCH = Operation("patch", "PATCH", f"{TASKS}/{{id}}", '{"title": "Buy bread {n}"}', "tasks/update")
+TOGGLE = Operation("toggle", "POST", f"{TASKS}/{{id}}/toggle", statement="tasks/toggle")
+
+
+def page(name: str, cursor: str = "", filters: str = "") -> Operation:
+    """Make the operation that gets a page of 50."""
+    after = f"&after={cursor}" if cursor else ""
+    return Operation(
+        f"page of 50, {name}", "GET", f"{TASKS}?limit=50{after}{filters}", statement="tasks/list", one=False
+    )
+
+
+def for_pgbench(operation: Operation) -> tuple[str, dict[str, str]]:
+    """Give the statement that the service runs for an operation as a pgbench script, and its variables."""
+    statement = statements.load()[operation.statement]
+    sql = (statement.row_json if operation.one else statement.rows_json).decode()
+    query = dict(pair.split("=") for pair in operation.path.partition("?")[2].split("&") if pair)
+    variables = {
+        "user_id": "local",
+        "limit": str(int(query.get("limit", "10000")) + 1),
+        "after": query.get("after", pages.FIRST),
+        "completed": query.get("completed", ""),
+        "q": query.get("q", ""),
+        "task": operation.body,
+        "changes": operation.body,
+        "if_match": "{}",
+    }
+
+    def in_pgbench(parameter: re.Match[str]) -> str:
+        # pgbench has no variables without a value; a literal is to PostgreSQL's advantage.
+        return "''" if variables.get(parameter[1]) == "" else f":{parameter[1]}"
+
+    script = re.sub(r"%\((\w+)\)s", in_pgbench, sql).replace("%%", "%")
+    return script, {name: value for name, value in variables.items() if value and name in statement.parameters}
