@@ -158,6 +158,23 @@ def test_the_client_generator_is_the_one_that_the_tests_run() -> None:
     assert f"openapi-typescript@{package['dependencies']['openapi-typescript']} " in npx
 
 
+def test_the_check_runs_the_benchmarks_with_the_command_here() -> None:
+    (command,) = examples(".venv/bin/pip")
+    (pattern,) = re.findall(r"benchmark=.*grep -oE '([^']+)'", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert re.fullmatch(pattern, command)
+
+
 def test_every_example_is_looked_at_by_a_test_here() -> None:
-    known = ("TASKS=", "curl", "for ", "TASK=", "CORS_ORIGINS=", "npx", "psql", ".venv/bin/flask", ".venv/lib")
+    known = (
+        "TASKS=",
+        "curl",
+        "for ",
+        "TASK=",
+        "CORS_ORIGINS=",
+        "npx",
+        "psql",
+        ".venv/bin/flask",
+        ".venv/lib",
+        ".venv/bin/pip",
+    )
     assert [block for block in EXAMPLES if not block.startswith((*known, "DATABASE_URL="))] == []
