@@ -121,7 +121,7 @@ def servers_in(folder: Path) -> list[psutil.Process]:
     """Find the PostgreSQL processes that run on a cluster in a folder."""
     return [
         process
-        for process in psutil.process_iter(["name", "cwd"])
+        for process in psutil.process_iter(["name", "cwd", "ppid"])
         if process.info["name"] == "postgres" and Path(process.info["cwd"] or "/").is_relative_to(folder.resolve())
     ]
 
@@ -129,7 +129,8 @@ def servers_in(folder: Path) -> list[psutil.Process]:
 def postmaster_in(folder: Path) -> psutil.Process:
     """Find the PostgreSQL process that is the parent of the others."""
     servers = servers_in(folder)
-    [first] = [server for server in servers if server.ppid() not in {other.pid for other in servers}]
+    # What was seen, since some may be gone by now: a server ends processes of its own.
+    [first] = [server for server in servers if server.info["ppid"] not in {other.pid for other in servers}]
     return first
 
 

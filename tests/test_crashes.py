@@ -50,7 +50,7 @@ def kill_postmaster(_: Service, data_dir: Path) -> None:
 
 def kill_backend(_: Service, data_dir: Path) -> None:
     """SIGKILL one of PostgreSQL's other processes; the first one then restarts all of them."""
-    for server in [server for server in servers_in(data_dir) if server.ppid() != 1][-1:]:
+    for server in [server for server in servers_in(data_dir) if server.info["ppid"] != 1][-1:]:
         with suppress(psutil.NoSuchProcess):
             server.kill()
 
@@ -111,7 +111,7 @@ def test_two_services_agree_on_a_new_server_which_outlives_its_starter(tmp_path:
         time.sleep(0.5)
         server = postmaster_in(tmp_path)
         starter, survivor, going_on = first, second, other_load
-        if os.getpgid(server.ppid()) == second.process.pid:
+        if os.getpgid(server.info["ppid"]) == second.process.pid:
             starter, survivor, going_on = second, first, load
         before = len(going_on.calls)
         starter.kill()

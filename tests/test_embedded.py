@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import ROOT, Service, Start, environment, servers_in, wait_until
+from tests.conftest import ROOT, Service, Start, environment, postmaster_in, servers_in, wait_until
 from todo_api import cluster
 
 ODD_NAME = """it's "my" $(touch pwned); `x` é"""
@@ -111,13 +111,6 @@ def socket_folder(service: Service) -> Path:
     return Path(folder[1])
 
 
-def postmaster(folder: Path) -> psutil.Process:
-    """Find the one server in a folder: the process that the others come from."""
-    servers = servers_in(folder)
-    [first] = [process for process in servers if process.ppid() not in {server.pid for server in servers}]
-    return first
-
-
 def query(service: Service, sql: str) -> str:
     """Run the line for psql as a person would, pasted into a shell."""
     line = f"{psql_line(service)} -X -A -t -c '{sql}'"
@@ -188,7 +181,7 @@ def test_a_long_path_gets_a_private_socket_folder_that_is_used_again_and_removed
     assert (socket_folder(service), has(service, task_id)) == (folder, True)
 
     service.kill()
-    postmaster(tmp_path).kill()
+    postmaster_in(tmp_path).kill()
     wait_until(lambda: not servers_in(tmp_path))
     service = start(DATA_DIR=data_dir).wait()
     assert (socket_folder(service), has(service, task_id)) == (folder, True)
@@ -250,7 +243,7 @@ def test_tasks_survive_a_sigkill_of_whatever(tmp_path: Path, stopped: Path, star
     tasks = {victim: create(service.wait()) for victim, service in services.items()}
     for victim, service in services.items():
         if "postmaster" in victim:
-            postmaster(tmp_path / victim).kill()
+            postmaster_in(tmp_path / victim).kill()
         if "group" in victim:
             service.kill()
         service.stop(signal.SIGKILL)
@@ -387,11 +380,11 @@ def test_two_services_share_a_server_which_stops_with_the_last_of_them(
     first.wait()
     second.wait()
     assert has(second, create(first))
-    server = postmaster(tmp_path)
+    server = postmaster_in(tmp_path)
 
     assert first.stop() == 0
     assert has(second, create(second))
-    assert postmaster(tmp_path) == server
+    assert postmaster_in(tmp_path) == server
 
     assert second.stop() == 0
     assert servers_in(tmp_path) == []
