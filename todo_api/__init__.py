@@ -1,27 +1,10 @@
 """A todo backend: a REST API over PostgreSQL with its SQL in .sql files."""
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
-
 import click
 from flask import Flask
 
 from todo_api import commands, config, database, docs, health, middleware, openapi, problems, startup, tasks
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-
-class App(Flask):
-    """Flask without async views, with our middleware around it."""
-
-    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """Call functions as they are; to look at each in each request took 5 % of a read."""
-        return func
-
-    def wsgi_app(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Answer a request."""
-        return super().wsgi_app(environ, middleware.finishing(environ, start_response))
+from todo_api.app import App
 
 
 def create_app(settings: config.Settings | None = None) -> Flask:

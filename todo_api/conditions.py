@@ -1,11 +1,14 @@
 """Conditional requests (RFC 9110, section 13): a task's version is its ETag."""
 
 import hashlib
-import json
 import re
+from typing import TYPE_CHECKING
 
 from flask import Response, request
-from werkzeug.http import quote_etag
+from werkzeug.datastructures import Headers
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 _TAG = r'(?:W/)?"[^"]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")  # werkzeug's parser takes malformed lists, too
@@ -14,15 +17,43 @@ _VERSION = re.compile(r'"[1-9][0-9]{0,17}"')
 CACHE = "private, no-cache"  # a browser keeps the answer, and asks each time whether it is still good
 
 
-def answer(task: bytes, status: int = 200) -> Response:
-    """Answer with a task, as PostgreSQL wrote it, and its ETag."""
-    headers = {"ETag": etag_of(task), "Cache-Control": CACHE}
-    return Response(task, status, headers, mimetype="application/json")
+class Answer(Response):
+    """JSON as PostgreSQL wrote it.
+
+    It is whole when it is made: what Flask would look up and copy again as it is sent took 5 % of a read.
+    """
+
+    def __init__(self, json: bytes, status: int = 200, **headers: str) -> None:
+        """Make it; ``Cache_Control`` is the header Cache-Control."""
+        super().__init__(
+            [json],
+            status,
+            {name.replace("_", "-"): value for name, value in headers.items()} | {"Content-Length": str(len(json))},
+            content_type="application/json",
+            direct_passthrough=True,
+        )
+
+    def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
+        """Give the headers as they are."""
+        del environ
+        return self.headers
+
+
+def answer(task: bytes, status: int = 200, **headers: str) -> Response:
+    """Answer with a task and its ETag."""
+    return Answer(task, status, ETag=etag_of(task), Cache_Control=CACHE, **headers)
 
 
 def etag_of(task: bytes) -> str:
     """Give the ETag of a task."""
-    return quote_etag(str(json.loads(task)["version"]))
+    return f'"{number(task, "version")}"'
+
+
+def number(task: bytes, member: str) -> str:
+    """Find a number in a task; to parse all of the JSON took 6 % of a read."""
+    # Nothing else looks like a member's name: a quote within a string has a backslash before it.
+    _, _, rest = task.partition(f'"{member}":'.encode())
+    return rest.partition(b",")[0].decode()
 
 
 def digest(*parts: bytes | str) -> str:

