@@ -29,6 +29,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             yield folder
 
 
+CLIENTS = 32
+
+
 def workers(service: Service) -> list[psutil.Process]:
     """Find the master's children that are not PostgreSQL."""
     children = psutil.Process(service.process.pid).children()
@@ -105,6 +108,25 @@ def test_a_service_that_was_killed_can_be_started_again_at_once(data_dir: Path, 
     killed = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     killed.stop(signal.SIGKILL)  # the workers need a moment to notice, and hold the port until then
     assert start(DATA_DIR=data_dir, PORT=killed.port).wait().answers()
+
+
+def test_clients_that_come_at_once_are_shared_out_among_the_workers(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
+    wait_until(lambda: len(workers(service)) == 2 and min(shares(service)) > 0)  # both are ready
+    for _ in range(4):
+        assert min(seen := shares(service)) >= CLIENTS / 8, seen
+
+
+def shares(service: Service) -> list[int]:
+    """Let clients come at once and give how many of them each worker has."""
+    clients = [socket.create_connection(("127.0.0.1", service.port), timeout=30) for _ in range(CLIENTS)]
+    for client in clients:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
+    assert all(client.recv(65_536).startswith(b"HTTP/1.1 200") for client in clients)
+    held = [[c.laddr.port for c in worker.net_connections("tcp4")].count(service.port) for worker in workers(service)]
+    for client in clients:
+        client.close()
+    return [count - 1 for count in held]  # without the listening socket
 
 
 def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:

@@ -3,7 +3,6 @@
 import select
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,10 +158,11 @@ def _checked_out(pool: ConnectionPool[Connection], outage: Outage) -> Connection
     pool try to connect, and who comes after its success is served.
     """
     for _ in range(_LOOKS):
-        with suppress(PoolTimeout):
+        try:
             return pool.getconn(timeout=_LOOK)
-        if outage.known:
-            break
+        except PoolTimeout:
+            if outage.known:
+                break
     outage.begin()
     raise Unavailable("no connection to the database")
 
@@ -184,6 +184,8 @@ def _execute(connection: Connection, sql: bytes, parameters: dict[str, Any]) -> 
     PostgreSQL does so where a database's default isolation is stricter than READ COMMITTED, and to end a deadlock.
     """
     for _ in range(_ATTEMPTS):
-        with suppress(psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+        try:
             return connection.execute(sql, parameters)
+        except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+            continue
     return connection.execute(sql, parameters)

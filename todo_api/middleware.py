@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -50,8 +49,9 @@ def init_app(app: Flask, cors_origins: Sequence[str]) -> None:
 
 
 def _limit_body(limit: int) -> None:
-    if int(request.environ.get("CONTENT_LENGTH") or 0) > limit:
-        raise too_large(request)
+    environ = request.environ
+    if int(environ.get("CONTENT_LENGTH") or 0) > limit:
+        raise too_large(environ, limit)
 
 
 def finishing(environ: "WSGIEnvironment", start_response: "StartResponse") -> "StartResponse":
@@ -63,12 +63,13 @@ def finishing(environ: "WSGIEnvironment", start_response: "StartResponse") -> "S
     given = environ.get("HTTP_X_REQUEST_ID", "")
     request_id = given if _SANE_ID.fullmatch(given) else os.urandom(16).hex()
 
-    def start(status: str, headers: list[tuple[str, str]], error: Any = None, /) -> Callable[[bytes], object]:
+    # Annotations in quotes: they would be worked out for each request.
+    def start(status: str, headers: "list[tuple[str, str]]", *exc_info: Any) -> "Callable[[bytes], object]":
         path = quote(environ["PATH_INFO"].encode("latin-1"), safe="/")  # it can hold a line break
         milliseconds = 1000 * (time.perf_counter() - started)
         _log(f"{environ['REQUEST_METHOD']} {path} {status:.3} {milliseconds:.1f}ms {request_id}")
         added = [("X-Request-ID", request_id), ("X-Content-Type-Options", "nosniff")]
-        return start_response(status, headers + added, error)
+        return start_response(status, headers + added, *exc_info)
 
     return start
 
@@ -77,5 +78,7 @@ def _log(line: str) -> None:
     """Write what logging would write; its records, handlers and locks took 6 % of a read."""
     now = time.time()
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-    with suppress(OSError):  # a full disk costs no request
+    try:
         sys.stderr.write(f"{moment},{int(now % 1 * 1000):03} INFO todo_api.access: {line}\n")
+    except OSError:
+        return  # a full disk costs no request

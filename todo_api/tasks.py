@@ -7,9 +7,10 @@ from flask import Flask, Response, abort, request
 from werkzeug.routing import BaseConverter
 
 from todo_api import conditions, database, pages
+from todo_api.blueprint import Blueprint
 from todo_api.identity import current_user
 from todo_api.json_body import MERGE_PATCH
-from todo_api.openapi import INVALID_QUERY, Api, Blueprint, answers_with, documented
+from todo_api.openapi import INVALID_QUERY, Api, answers_with, documented
 from todo_api.problems import MalformedRequest, VersionMismatch
 from todo_api.schemas import EXAMPLE, LIST_LIMIT, NewTask, Task, TaskChanges, TaskQuery
 

@@ -15,6 +15,7 @@ from typing import Any
 from gunicorn.workers.gthread import ThreadWorker
 
 _TURN = 0.00005  # seconds for another worker to wake up
+_SIGNS = 0.5  # seconds between signs of life
 _MOMENT = 1  # millisecond for a client to send its next request
 _LINGER = 2.0  # seconds for a client to close its side, as gunicorn has it
 _PIECE = 65_536
@@ -39,6 +40,7 @@ class Worker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin without connections."""
         super().__init__(*args, **kwargs)
+        self.next_sign = 0.0  # when to give one
         self.waiting: deque[Any] = deque()  # connections that wait for a thread
         self.leaving: deque[Any] = deque()  # connections that wait for their client to close its side
 
@@ -49,6 +51,12 @@ class Worker(ThreadWorker):
                 listener.setsockopt(socket.SOL_SOCKET, option, _SILENCE)
         self.log.error_log.addFilter(_is_no_halt)
         super().init_process()
+
+    def notify(self) -> None:
+        """Give the master a sign of life, now and then: gunicorn gives one for each event, and waits 30 s for one."""
+        if time.monotonic() > self.next_sign:
+            self.next_sign = time.monotonic() + _SIGNS
+            super().notify()
 
     def _cap_keepalive(self, deadline: float) -> None:
         """Begin to stop, which gunicorn does with this: connections without a request are kept until then.
