@@ -83,7 +83,7 @@ class Worker(ThreadWorker):
         before = -1
         while before < self.nr_conns < self.worker_connections:
             before = self.nr_conns
-            self.accept(listener)
+            super().accept(listener)  # without a pause, in which somebody could connect to nobody
 
     def enqueue_req(self, conn: Any) -> None:
         """Give a connection with a request to a thread."""

@@ -36,7 +36,7 @@ FILL = """
 def main() -> None:
     """Run what the arguments say."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=2, help="of each round")
+    parser.add_argument("--seconds", type=int, default=1, help="of each round")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement, for the median")
     parser.add_argument("--only", choices=["compare", "growth"], help="one half of it")
     options = parser.parse_args()
@@ -80,6 +80,8 @@ def compare(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
                 print(row(running, conninfo, operation, load, rounds), flush=True)
                 if operation is CREATE:
                     fill(conninfo)
+        after = ", ".join(f"{candidate.name} {candidate.memory():.0f}" for candidate in running)
+        print(f"\nMemory after all this, MiB: {after}", flush=True)
 
 
 def row(running: list[Candidate], conninfo: str, operation: Operation, load: Load, rounds: int) -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "bare": [
         *[sys.executable, "-m", "gunicorn", "--no-control-socket", "--log-level=warning", "--keep-alive=75"],
         *["--worker-class=gthread", f"--workers={WORKERS}", f"--threads={THREADS}", "tests.benchmarks.bare:app"],
+        "--reuse-port",  # otherwise one of the workers often gets all connections
     ],
     "FastAPI": [
         *[sys.executable, "-m", "uvicorn", "--log-level=warning", "--no-access-log"],

@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from .candidates import Candidate
 from .loads import Load, wrk
-from .operations import CREATE, PATCH, READ, Operation, page
+from .operations import ALL, CREATE, PATCH, READ, Operation, page
 
 PICTURE = Path(__file__).with_name("growth.svg")
 CONNECTIONS = 4
@@ -59,6 +59,7 @@ def measure(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
 def operations(cursor: str) -> dict[str, Operation]:
     """Give what is measured, with the cursor of a page near the end."""
     return {
+        "list, at most 10 000": ALL,
         "page of 50, first": page("first"),
         "page of 50, deep": page("deep", cursor=cursor),
         "page of 50, completed": page("completed", filters="&completed=true"),
