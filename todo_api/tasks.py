@@ -77,9 +77,8 @@ def list_tasks(query: dict[str, Any]) -> Response:
         q=query.get("q", ""),
         after=query.get("after", pages.FIRST),
     )
-    page, cursor = pages.cut(tasks) if count > limit else (tasks, None)
-    response = conditions.Answer(page, Cache_Control=conditions.CACHE)
-    response.set_etag(conditions.digest(page, cursor or ""), weak=True)  # of the Link, too
+    page, cursor = pages.cut(tasks) if count > limit else (tasks, "")
+    response = conditions.Answer(page, ETag=conditions.list_etag(page, cursor), Cache_Control=conditions.CACHE)
     if cursor:
         response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
     return conditions.unless_known(response)
