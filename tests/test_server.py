@@ -5,7 +5,9 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -127,6 +129,28 @@ def shares(service: Service) -> list[int]:
     for client in clients:
         client.close()
     return [count - 1 for count in held]  # without the listening socket
+
+
+def test_a_client_that_asks_without_a_pause_keeps_nobody_waiting(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
+    done = threading.Event()
+
+    def ask() -> None:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
+            assert client.recv(65_536).startswith(b"HTTP/1.1 200")
+            while not done.is_set():
+                client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
+                client.recv(65_536)
+
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(ask)
+        try:
+            for _ in range(20):
+                assert httpx.get(f"{service.url}/healthz", timeout=10).is_success
+        finally:
+            done.set()
+        asking.result()
 
 
 def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:
