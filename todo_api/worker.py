@@ -1,4 +1,4 @@
-"""gunicorn's threaded worker, which lets its connections go without making anybody wait."""
+"""gunicorn's threaded worker with shorter ways: to a client's next request, to other workers, and to the end."""
 
 import logging
 import select
@@ -35,7 +35,7 @@ def _is_followed(conn: Any) -> bool:
 
 
 class Worker(ThreadWorker):
-    """A worker that refuses connections as soon as it stops, and in whose main loop nobody waits for one client."""
+    """A worker that takes its share of the clients, and in whose main loop nobody waits for one of them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin without connections."""
