@@ -1,6 +1,7 @@
 """The server: ``python wsgi.py``, gunicorn with settings of one's own, and how both start, reload and stop."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -151,6 +153,38 @@ def test_a_client_that_asks_without_a_pause_keeps_nobody_waiting(data_dir: Path,
         finally:
             done.set()
         asking.result()
+
+
+@pytest.mark.parametrize("way", ["2>&-", "2>/dev/full"])
+def test_a_log_that_cannot_be_written_costs_no_request(way: str, data_dir: Path, start: Start) -> None:
+    command = ["sh", "-c", f'exec "$0" wsgi.py {way}', sys.executable]
+    service = start(DATA_DIR=data_dir, command=command).wait()
+    for _ in range(100):
+        assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
+
+
+def test_requests_that_were_sent_along_with_another_are_answered_in_their_order(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir).wait()
+    paths = [f"/nope/{number}" for number in range(30)]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        for path in paths:
+            client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
+        client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
+        with client.makefile("rb") as answers:
+            seen = re.findall(r'"instance": "([^"]*)"', answers.read().decode())
+    assert seen == [*paths, "/nope/last"]
+
+
+def test_redirects_keep_the_path_that_the_service_is_mounted_at(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, SCRIPT_NAME="/todo")
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError):
+            return service.client.get("/todo/healthz").is_success
+        return False
+
+    wait_until(answers)
+    assert service.client.get("/todo/").headers["Location"] == "/todo/docs"
 
 
 def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:

@@ -12,7 +12,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     settings = settings or config.load()
     app = App(__name__, static_folder=None)
     app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
-    app.url_map.merge_slashes = False  # two slashes are another URL: a 404, not a redirect
+    app.url_map.merge_slashes = False  # two slashes within a path are another URL: a 404, not a redirect
 
     middleware.init_app(app, settings.cors_origins)
     problems.init_app(app)

@@ -35,7 +35,7 @@ class App(Flask):
         """Find a request's route without its Host: no answer is made of it."""
         if request is None:
             return None
-        return MapAdapter(self.url_map, "", "/", "", "http", request.path, request.method)
+        return MapAdapter(self.url_map, "", request.root_path, "", "http", request.path, request.method)
 
     def wsgi_app(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Answer a request."""

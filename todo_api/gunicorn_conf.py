@@ -42,7 +42,9 @@ timeout = 30  # seconds without a sign of life from a worker
 graceful_timeout = 10  # seconds for the requests at work when the service stops
 forwarder_headers = ""  # a SCRIPT_NAME header would change the routing
 secure_scheme_headers: dict[str, str] = {}  # nothing depends on the scheme; contradictory headers would be a 400
-forwarded_allow_ips = "*"  # with both of the above empty there is nothing to trust; not to look took 3 % off a read
+# With both of the above empty there is nothing to trust anybody with; not to look took 3 % off a read. Whoever fills
+# one of them has to set this, too.
+forwarded_allow_ips = "*"
 control_socket_disable = True
 errorlog = "-"
 loglevel = "warning"  # when_ready says what is worth saying

@@ -84,8 +84,7 @@ def read(environ: "WSGIEnvironment", limit: int) -> bytes:
 
 def _read_whole(environ: "WSGIEnvironment", limit: int) -> bytes:
     # Not through werkzeug's stream: it cuts a chunked body at the limit, and takes a truncated one for whole.
-    announced = environ.get("CONTENT_LENGTH")  # the middleware has held it against the limit
-    length = int(announced) if announced else None  # for a chunked body or none
+    length = announced(environ)  # the middleware has held it against the limit
     if length is None and not environ.get("wsgi.input_terminated"):
         return b""
     try:
@@ -98,6 +97,12 @@ def _read_whole(environ: "WSGIEnvironment", limit: int) -> bytes:
     if len(data) < (length or 0):
         raise MalformedRequest("The body is shorter than its Content-Length")
     return data
+
+
+def announced(environ: "WSGIEnvironment") -> int | None:
+    """Give a body's Content-Length; None for a chunked body, or none."""
+    digits: str = environ.get("CONTENT_LENGTH", "")
+    return int(digits) if digits.isdecimal() and digits.isascii() else None
 
 
 def too_large(environ: "WSGIEnvironment", limit: int) -> RequestEntityTooLarge:

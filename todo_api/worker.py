@@ -28,7 +28,9 @@ def _is_no_halt(record: logging.LogRecord) -> bool:
 
 
 def _is_followed(conn: Any) -> bool:
-    """Wait a moment for the client's next request."""
+    """Wait a moment for the client's next request; it may have come along with the one before."""
+    if conn.parser.unreader.buf.getvalue():
+        return True
     readable = select.poll()
     readable.register(conn.sock, select.POLLIN)
     return bool(readable.poll(_MOMENT))
@@ -41,7 +43,7 @@ class Worker(ThreadWorker):
         """Begin without connections."""
         super().__init__(*args, **kwargs)
         self.next_sign = 0.0  # when to give one
-        self.waiting: deque[Any] = deque()  # connections that wait for a thread
+        self.waiting: deque[Any] = deque()  # as many as connections wait for a thread
         self.leaving: deque[Any] = deque()  # connections that wait for their client to close its side
 
     def init_process(self) -> None:

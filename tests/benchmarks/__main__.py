@@ -70,6 +70,8 @@ def compare(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
         print("| | start, s | idle memory, MiB |\n| --- | --- | --- |")
         for candidate in running:
             print(f"| {candidate.name} | {candidate.start_seconds:.1f} | {candidate.memory():.0f} |")
+        first, later = (own_start(folder) for _ in range(2))
+        print(f"\nThe service with a PostgreSQL of its own: {first:.1f} s for the first start, then {later:.1f} s")
         fill(conninfo)
         print(f"\n{HEAD}", flush=True)
         deep = page("deep", cursor=deep_cursor(conninfo))
@@ -82,6 +84,13 @@ def compare(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
                     fill(conninfo)
         after = ", ".join(f"{candidate.name} {candidate.memory():.0f}" for candidate in running)
         print(f"\nMemory after all this, MiB: {after}", flush=True)
+
+
+def own_start(folder: Path) -> float:
+    """Give how long the service takes to start with a PostgreSQL of its own."""
+    service = Candidate("service", "", folder / "own.log")
+    service.stop()
+    return service.start_seconds
 
 
 def row(running: list[Candidate], conninfo: str, operation: Operation, load: Load, rounds: int) -> str:

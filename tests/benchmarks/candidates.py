@@ -35,18 +35,16 @@ class Candidate:
     """A running application."""
 
     def __init__(self, name: str, conninfo: str, log: Path) -> None:
-        """Start it and wait for its first answer."""
+        """Start it and wait for its first answer; without a ``conninfo`` it makes a PostgreSQL of its own."""
         self.name = name
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = {"bare": [f"--bind=127.0.0.1:{port}"], "FastAPI": [f"--port={port}"]}.get(name, [])
-        settings = {
-            "DATABASE_URL": as_url(conninfo),
-            "SQLALCHEMY_URL": sqlalchemy_url(conninfo),
-            "PORT": port,
-            "WEB_CONCURRENCY": WORKERS,
-            "WEB_THREADS": THREADS,
-        }
+        settings: dict[str, object] = {"PORT": port, "WEB_CONCURRENCY": WORKERS, "WEB_THREADS": THREADS}
+        if conninfo:
+            settings |= {"DATABASE_URL": as_url(conninfo), "SQLALCHEMY_URL": sqlalchemy_url(conninfo)}
+        else:
+            settings |= {"DATA_DIR": log.with_suffix("")}
         started = time.monotonic()
         with log.open("wb") as output:
             self.process = psutil.Popen(

@@ -60,7 +60,7 @@ def pgbench(conninfo: str, operation: Operation, load: Load) -> float:
     command += [f"--define={name}={value}" for name, value in variables.items()]
     run = subprocess.run(
         [*command, conninfo],
-        input=f"\\set task_id random(1, {load.ids})\n{script}\n;\n",
+        input=f"\\set task_id random(1, {load.ids})\n\\set n random(1, 1000000000)\n{script}\n;\n",
         capture_output=True,
         text=True,
         check=True,

@@ -1,10 +1,11 @@
--- Arguments: method, path, body; "{id}" stands for a task's id out of a range, "{n}" for another number each time.
+-- Arguments: method, path, body; "{id}" stands for a task's id out of a range, "{n}" for another number each time, in
+-- each run: a change that was made before would change nothing.
 local method, path, body, ids
-local number = 0
+local number = os.time() % 100000 * 1000000
 
 function init(arguments)
   method, path, body, ids = arguments[1], arguments[2], arguments[3], tonumber(arguments[4])
-  math.randomseed(1)
+  math.randomseed(os.time())
   if body ~= "" then wrk.headers["Content-Type"] = "application/json" end
 end
 
