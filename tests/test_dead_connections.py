@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -115,8 +116,9 @@ class Relay:
             threading.Thread(target=self._pass_on, args=(server, client), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, to: socket.socket) -> None:
-        while data := source.recv(65_536):
-            to.sendall(data)
+        with suppress(OSError):  # the other way's thread has closed it
+            while data := source.recv(65_536):
+                to.sendall(data)
         to.close()
 
     def _count(self, client: socket.socket, server: socket.socket) -> None:
