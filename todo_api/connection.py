@@ -61,11 +61,15 @@ class Connection(psycopg.Connection[TupleRow]):
         **NETWORK,
     }
     _unreplicated = False
+    # For answers of one row, since it holds on to the last. A new one for each statement would look up its types again,
+    # which took 11 us of 55.
+    kept_cursor: psycopg.Cursor[TupleRow]
 
     def configure(self) -> None:
         """Make it ready for use, once."""
         self.adapters.register_loader("json", JsonAsBytes)
         self.add_notice_handler(self._heed)
+        self.kept_cursor = self.cursor()
 
     def wait(self, gen: PQGen[RV], interval: float = 0, timeout: float | None = None) -> RV:
         """Wait for what one of psycopg's generators gives; the interval at which it looks up is ours.

@@ -107,7 +107,7 @@ def fetch_json(name: str, **parameters: Any) -> bytes | None:
 
     """
     database: _Database = current_app.extensions[_EXTENSION]
-    row = _fetch_row(database, database.statements[name].row_json, parameters)
+    row = _fetch_row(database, database.statements[name].row_json, parameters, is_small=True)
     return row[0] if row else None
 
 
@@ -119,13 +119,14 @@ def fetch_json_list(name: str, **parameters: Any) -> tuple[bytes, int]:
 
     """
     database: _Database = current_app.extensions[_EXTENSION]
-    return _fetch_row(database, database.statements[name].rows_json, parameters) or (b"[]", 0)
+    return _fetch_row(database, database.statements[name].rows_json, parameters, is_small=False) or (b"[]", 0)
 
 
-def _fetch_row(database: _Database, sql: bytes, parameters: dict[str, Any]) -> Any:
+def _fetch_row(database: _Database, sql: bytes, parameters: dict[str, Any], *, is_small: bool) -> Any:
     connection = _live_connection(database)
     try:
-        return _execute(connection, sql, parameters).fetchone()
+        cursor = connection.kept_cursor if is_small else connection.cursor()
+        return _execute(cursor, sql, parameters).fetchone()
     except Silence:
         connection.abandon()
         database.pool.drain()  # nobody else should find out by waiting
@@ -178,14 +179,14 @@ def _ended(connection: Connection) -> bool:
     return bool(readable.poll(0))
 
 
-def _execute(connection: Connection, sql: bytes, parameters: dict[str, Any]) -> psycopg.Cursor[TupleRow]:
+def _execute(cursor: psycopg.Cursor[TupleRow], sql: bytes, parameters: dict[str, Any]) -> psycopg.Cursor[TupleRow]:
     """Run a statement, and again where PostgreSQL gave it up in favour of another: it has done nothing then.
 
     PostgreSQL does so where a database's default isolation is stricter than READ COMMITTED, and to end a deadlock.
     """
     for _ in range(_ATTEMPTS):
         try:
-            return connection.execute(sql, parameters)
+            return cursor.execute(sql, parameters)
         except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
             continue
-    return connection.execute(sql, parameters)
+    return cursor.execute(sql, parameters)
