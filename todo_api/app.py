@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Request
+from flask import Flask, Request, request
 from flask.sessions import NullSession, SessionInterface
 from werkzeug.routing import MapAdapter
 
@@ -36,6 +36,16 @@ class App(Flask):
         if request is None:
             return None
         return MapAdapter(self.url_map, "", request.root_path, "", "http", request.path, request.method)
+
+    def preprocess_request(self) -> None:
+        """Refuse a body that is too large, which is all that comes before a view."""
+        middleware.limit_body(request.environ, self.config["MAX_CONTENT_LENGTH"])
+
+    def do_teardown_request(self, exc: object = None) -> None:
+        """Do nothing: nothing is to be torn down."""
+
+    def do_teardown_appcontext(self, exc: object = None) -> None:
+        """Do nothing, as above."""
 
     def wsgi_app(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Answer a request."""

@@ -25,13 +25,9 @@ class Answer(Response):
 
     def __init__(self, json: bytes, status: int = 200, **headers: str) -> None:
         """Make it; ``Cache_Control`` is the header Cache-Control."""
-        super().__init__(
-            [json],
-            status,
-            {name.replace("_", "-"): value for name, value in headers.items()} | {"Content-Length": str(len(json))},
-            content_type="application/json",
-            direct_passthrough=True,
-        )
+        always = [("Content-Type", "application/json"), ("Content-Length", str(len(json)))]
+        given = [(name.replace("_", "-"), value) for name, value in headers.items()]
+        super().__init__([json], status, always + given, direct_passthrough=True)
 
     def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
         """Give the headers as they are."""

@@ -6,11 +6,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from flask import Flask, request
+from flask import Flask
 from flask_cors import CORS
 
 from todo_api.json_body import announced, too_large
@@ -45,11 +44,15 @@ def init_app(app: Flask, cors_origins: Sequence[str]) -> None:
             always_send=False,  # only to browsers, and each gets its own origin
             max_age=600,  # seconds until a browser asks again whether it may
         )
-    app.before_request(partial(_limit_body, app.config["MAX_CONTENT_LENGTH"]))
 
 
-def _limit_body(limit: int) -> None:
-    environ = request.environ
+def limit_body(environ: "WSGIEnvironment", limit: int) -> None:
+    """Refuse a body that is announced as too large.
+
+    Raises:
+        RequestEntityTooLarge: it is, and some of it has been read.
+
+    """
     if (announced(environ) or 0) > limit:
         raise too_large(environ, limit)
 
