@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl
 
-from flask import Request
+from flask import Request, current_app
 from gunicorn.http.errors import ParseException
 from marshmallow import RAISE, Schema, ValidationError
 from webargs.flaskparser import FlaskParser
@@ -33,7 +33,7 @@ class Parser(FlaskParser):
 
     def load_json(self, req: Request, _schema: Schema) -> Any:
         """Give the body's JSON object."""
-        body = parse(read(req.environ, req.max_content_length or 0))
+        body = parse(read(req.environ, current_app.config["MAX_CONTENT_LENGTH"]))
         if not isinstance(body, dict):
             raise ValidationFailed([{"pointer": "#", "detail": "The body must be a JSON object"}])
         return body
