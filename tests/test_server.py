@@ -163,16 +163,33 @@ def test_a_log_that_cannot_be_written_costs_no_request(way: str, data_dir: Path,
         assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
 
 
-def test_requests_that_were_sent_along_with_another_are_answered_in_their_order(data_dir: Path, start: Start) -> None:
-    service = start(DATA_DIR=data_dir).wait()
+@pytest.mark.parametrize("clients", [1, 16])  # more than there are threads
+def test_requests_that_were_sent_along_with_another_are_answered_in_their_order(
+    clients: int, data_dir: Path, start: Start
+) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1).wait()
     paths = [f"/nope/{number}" for number in range(30)]
+
+    def ask(_: int) -> list[str]:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+            for path in paths:
+                client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
+            client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
+            with client.makefile("rb") as answers:
+                return re.findall(r'"instance": "([^"]*)"', answers.read().decode())
+
+    with ThreadPoolExecutor(clients) as threads:
+        assert list(threads.map(ask, range(clients))) == [[*paths, "/nope/last"]] * clients
+
+
+def test_an_answer_comes_in_one_piece(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir).wait()
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
-        for path in paths:
-            client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
-        client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
-        with client.makefile("rb") as answers:
-            seen = re.findall(r'"instance": "([^"]*)"', answers.read().decode())
-    assert seen == [*paths, "/nope/last"]
+        for _ in range(200):
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
+            head, _, body = client.recv(65_536).partition(b"\r\n\r\n")
+            assert f"Content-Length: {len(body)}\r\n".encode() in head
+            assert body
 
 
 def test_redirects_keep_the_path_that_the_service_is_mounted_at(data_dir: Path, start: Start) -> None:

@@ -35,7 +35,8 @@ class Blueprint(flask_smorest.Blueprint):
 def _only_documents(decorate: Callable[[View], Any]) -> Callable[[View], View]:
     """Keep what one of flask-smorest's decorators notes for the document, and call the view without it.
 
-    Our views make their answers themselves: what the decorators do in a request, 10 % of a read, changes nothing.
+    Our views make their answers themselves, so what the decorators do in a request (3 us of a read, 5 of a create)
+    changes nothing.
     """
 
     def note(view: View) -> View:

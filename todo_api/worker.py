@@ -128,8 +128,8 @@ class Worker(ThreadWorker):
     def _work(self) -> None:
         """Answer one connection's request after the other's.
 
-        gunicorn makes a Future of each, and has the main loop keep the connection: with 128 clients that took 13 % of a
-        create, and a third of its p99.
+        gunicorn makes a Future of each, and has the main loop keep the connection: with 128 clients creates were 13 %
+        slower by that, and their p99 was 40 % longer.
         """
         while conn := self.ready.get():
             try:
