@@ -182,6 +182,26 @@ def test_requests_that_were_sent_along_with_another_are_answered_in_their_order(
         assert list(threads.map(ask, range(clients))) == [[*paths, "/nope/last"]] * clients
 
 
+# An application in which a request may end its thread.
+ENDING = """
+import sys
+from wsgi import app
+answer = app.wsgi_app
+app.wsgi_app = lambda environ, start: sys.exit() if environ["PATH_INFO"] == "/end" else answer(environ, start)
+"""
+
+
+def test_a_request_that_would_end_its_thread_costs_no_other(data_dir: Path, start: Start, tmp_path: Path) -> None:
+    (tmp_path / "ending.py").write_text(ENDING)
+    command = [*GUNICORN, "-c", "python:todo_api.gunicorn_conf", "ending:app"]
+    service = start(DATA_DIR=data_dir, command=command, PYTHONPATH=tmp_path, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
+    for _ in range(3):
+        with pytest.raises(httpx.RemoteProtocolError):
+            service.client.get("/end")
+    assert service.client.get("/healthz").is_success
+    assert "SystemExit" in service.log()
+
+
 def test_an_answer_comes_in_one_piece(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir).wait()
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
