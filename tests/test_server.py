@@ -7,9 +7,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -131,6 +132,15 @@ def shares(service: Service) -> list[int]:
     for client in clients:
         client.close()
     return [count - 1 for count in held]  # without the listening socket
+
+
+def test_clients_that_connect_and_are_silent_keep_nobody_waiting(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
+    with ExitStack() as silent:
+        for _ in range(5):
+            silent.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
+        time.sleep(0.1)  # for the worker to take them
+        assert httpx.get(f"{service.url}/healthz", timeout=3).is_success
 
 
 def test_a_client_that_asks_without_a_pause_keeps_nobody_waiting(data_dir: Path, start: Start) -> None:

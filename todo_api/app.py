@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, request
 from flask.sessions import NullSession, SessionInterface
+from flask.typing import ResponseReturnValue
 from werkzeug.routing import MapAdapter
 
 from todo_api import middleware
@@ -37,15 +38,20 @@ class App(Flask):
             return None
         return MapAdapter(self.url_map, "", request.root_path, "", "http", request.path, request.method)
 
-    def preprocess_request(self) -> None:
-        """Refuse a body that is too large, which is all that comes before a view."""
+    def preprocess_request(self) -> ResponseReturnValue | None:
+        """Refuse a body that is too large, and look for more to do before the view only where there is some."""
         middleware.limit_body(request.environ, self.config["MAX_CONTENT_LENGTH"])
+        return super().preprocess_request() if self.before_request_funcs or self.url_value_preprocessors else None
 
-    def do_teardown_request(self, exc: object = None) -> None:
-        """Do nothing: nothing is to be torn down."""
+    def do_teardown_request(self, exc: BaseException | None = None) -> None:
+        """Tear down what there is, mostly nothing."""
+        if self.teardown_request_funcs:
+            super().do_teardown_request(exc)
 
-    def do_teardown_appcontext(self, exc: object = None) -> None:
-        """Do nothing, as above."""
+    def do_teardown_appcontext(self, exc: BaseException | None = None) -> None:
+        """Tear down what there is, mostly nothing."""
+        if self.teardown_appcontext_funcs:
+            super().do_teardown_appcontext(exc)
 
     def wsgi_app(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Answer a request."""

@@ -122,8 +122,13 @@ class Worker(ThreadWorker):
             super().accept(listener)  # without a pause, in which somebody could connect to nobody
 
     def enqueue_req(self, conn: Any) -> None:
-        """Give a connection with a request to a thread."""
-        self.ready.put(conn)
+        """Give a connection with a request to a thread; a new one that is silent would have kept it for 5 s."""
+        if conn.initialized or conn.data_ready:
+            self.ready.put(conn)
+            return
+        conn.set_timeout()
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def _work(self) -> None:
         """Answer one connection's request after the other's.
@@ -134,11 +139,12 @@ class Worker(ThreadWorker):
         while conn := self.ready.get():
             try:
                 result = self.handle(conn)
+                if result is True and self._keep(conn):
+                    continue
             except BaseException:  # the thread has other connections to serve
                 self.log.exception("Error handling request")
                 result = False
-            if result is not True or not self._keep(conn):
-                self.method_queue.defer(self.finish_request, conn, result)
+            self.method_queue.defer(self.finish_request, conn, result)
 
     def _keep(self, conn: Any) -> bool:
         """Keep a connection for its next request, unless the worker stops."""
