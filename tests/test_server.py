@@ -115,6 +115,20 @@ def test_a_service_that_was_killed_can_be_started_again_at_once(data_dir: Path, 
     assert start(DATA_DIR=data_dir, PORT=killed.port).wait().answers()
 
 
+def test_workers_whose_master_is_gone_say_goodbye_to_clients_that_ask_on(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1).wait()
+    with httpx.Client(base_url=service.url) as asking:
+        assert asking.get("/healthz").headers["Connection"] == "keep-alive"
+        service.process.kill()
+        wait_until(lambda: asking.get("/healthz").headers["Connection"] == "close", timeout=5)
+
+
+def test_a_stop_waits_for_no_thread_that_has_nothing_to_do(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
+    service.process.terminate()
+    assert service.process.wait(timeout=8) == 0  # it gives requests at work 10 s
+
+
 def test_clients_that_come_at_once_are_shared_out_among_the_workers(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2 and min(shares(service)) > 0)  # both are ready

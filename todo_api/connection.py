@@ -61,8 +61,7 @@ class Connection(psycopg.Connection[TupleRow]):
         **NETWORK,
     }
     _unreplicated = False
-    # For answers of one row, since it holds on to the last. A new one for each statement would look up its types again,
-    # which took 11 us of 55.
+    # For answers of one row, since it holds on to the last. To make one for each statement took 7 us of 53.
     kept_cursor: psycopg.Cursor[TupleRow]
 
     def configure(self) -> None:

@@ -23,8 +23,6 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 
 def configure_logging() -> None:
     """Send the logs to standard error; call it before anything logs."""
-    # What no line shows need not be looked up for each.
-    logging.logThreads = logging.logMultiprocessing = False
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for library in ("psycopg.pool", "yoyo"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -50,7 +48,7 @@ def limit_body(environ: "WSGIEnvironment", limit: int) -> None:
     """Refuse a body that is announced as too large.
 
     Raises:
-        RequestEntityTooLarge: it is, and some of it has been read.
+        RequestEntityTooLarge: it is.
 
     """
     if (announced(environ) or 0) > limit:

@@ -23,8 +23,8 @@ CONNECTIONS = (1, 16, 128)
 MOST = 16  # connections to PostgreSQL alone; it takes 100
 TASKS = 10_000
 HEAD = (
-    "| operation, connections | service, /s | of bare | of PostgreSQL | of FastAPI | p50, ms | p99, ms | bare's p99 "
-    "| CPU, µs | bare's CPU |\n|" + " --- |" * 10
+    "| operation, connections | service, /s | of bare | of PostgreSQL | of FastAPI | p50, ms | p99, ms | CPU, µs |\n|"
+    + " --- |" * 8
 )
 FILL = """
     INSERT INTO tasks (user_id, title, description, completed, created_at)
@@ -106,16 +106,18 @@ def row(running: list[Candidate], conninfo: str, operation: Operation, load: Loa
     def of(name: str, figure: Callable[[Result], float]) -> float:
         return median(figure(result) for result in seen[name])
 
+    def of_each(figure: Callable[[Result], float], digits: int) -> str:
+        return " / ".join(f"{of(name, figure):.{digits}f}" for name in seen)
+
     rate = of("service", lambda result: result.rate)
     figures = [
         f"{rate:.0f}",
         f"{rate / of('bare', lambda result: result.rate):.2f}",
         f"{rate / median(alone):.2f}" if alone else "",
         f"{rate / of('FastAPI', lambda result: result.rate):.1f}",
-        f"{of('service', lambda result: result.p50):.1f}",
-        f"{of('service', lambda result: result.p99):.1f}",
-        f"{of('bare', lambda result: result.p99):.1f}",
-        *(f"{of(name, lambda result: result.cpu):.0f}" for name in ("service", "bare")),
+        of_each(lambda result: result.p50, 1),
+        of_each(lambda result: result.p99, 1),
+        of_each(lambda result: result.cpu, 0),
     ]
     return f"| {operation.name}, {load.connections} | {' | '.join(figures)} |"
 

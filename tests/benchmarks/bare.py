@@ -1,4 +1,4 @@
-"""The limit of the stack: a bare WSGI application with gunicorn and a psycopg pool that runs the same statements.
+"""The stack itself: a bare WSGI application with gunicorn and a psycopg pool that runs the same statements.
 
 It checks nothing, logs nothing and knows no errors.
 """

@@ -64,6 +64,7 @@ def operations(cursor: str) -> dict[str, Operation]:
         "page of 50, deep": page("deep", cursor=cursor),
         "page of 50, completed": page("completed", filters="&completed=true"),
         "page of 50, deep, completed": page("deep, completed", cursor=cursor, filters="&completed=true"),
+        "page of 50, q": page("q", filters="&q=7"),
         "read": READ,
         "patch": PATCH,
         "create": CREATE,
