@@ -1,11 +1,12 @@
 """Runs the benchmarks and prints their figures as Markdown, ratios first: machines differ, and are noisy.
 
-All candidates run on one PostgreSQL, side by side; rounds are interleaved (A B C A B C …), and medians are taken.
+All candidates run on one PostgreSQL, side by side; rounds are interleaved (A B C A B C …), and medians are taken, of
+the ratios, too, of which each round has one.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -109,12 +110,14 @@ def row(running: list[Candidate], conninfo: str, operation: Operation, load: Loa
     def of_each(figure: Callable[[Result], float], digits: int) -> str:
         return " / ".join(f"{of(name, figure):.{digits}f}" for name in seen)
 
-    rate = of("service", lambda result: result.rate)
+    def beside(rates: Iterable[float]) -> float:
+        return median(ours.rate / theirs for ours, theirs in zip(seen["service"], rates, strict=True))
+
     figures = [
-        f"{rate:.0f}",
-        f"{rate / of('bare', lambda result: result.rate):.2f}",
-        f"{rate / median(alone):.2f}" if alone else "",
-        f"{rate / of('FastAPI', lambda result: result.rate):.1f}",
+        f"{of('service', lambda result: result.rate):.0f}",
+        f"{beside(result.rate for result in seen['bare']):.2f}",
+        f"{beside(alone):.2f}" if alone else "",
+        f"{beside(result.rate for result in seen['FastAPI']):.1f}",
         of_each(lambda result: result.p50, 1),
         of_each(lambda result: result.p99, 1),
         of_each(lambda result: result.cpu, 0),
