@@ -13,7 +13,7 @@ from statistics import median
 
 import psycopg
 
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 from . import growth, machine
 from .candidates import COMMANDS, Candidate

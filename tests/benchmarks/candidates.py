@@ -11,7 +11,9 @@ import httpx
 import psutil
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.conftest import ROOT, as_url, environment, free_port
+from tests.support.databases import as_url
+from tests.support.environment import ROOT, environment
+from tests.support.processes import free_port
 
 WORKERS = 2
 THREADS = 4

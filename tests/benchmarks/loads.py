@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import environment
-from tests.optional_tools import program
+from tests.support.environment import environment
+from tests.support.optional_tools import program
 from todo_api import cluster
 from todo_api.connection import OPTIONS
 

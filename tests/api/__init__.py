@@ -1,0 +1,1 @@
+"""The behaviour of the calls over HTTP, through one running service."""

@@ -1,0 +1,71 @@
+"""What races in SQL is decided by SQL: nothing is lost, however many act at once."""
+
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from psycopg.rows import TupleRow
+from psycopg.sql import SQL, Identifier
+
+from tests.support.databases import as_url, new_database
+from tests.support.fixtures import Create
+from tests.support.load import at_once
+from tests.support.service import Service
+
+
+def test_101_toggles_at_once_all_count(service: Service, client: httpx.Client, create: Create) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    responses = at_once(service, 101, lambda client, _: client.post(f"{path}/toggle"))
+    assert Counter(response.status_code for response in responses) == {200: 101}
+    task = client.get(path).json()
+    assert (task["completed"], task["version"]) == (True, 102)
+    by_version = sorted((response.json() for response in responses), key=lambda task: int(task["version"]))
+    assert [task["version"] for task in by_version] == list(range(2, 103))
+    assert [task["completed"] for task in by_version] == [True, False] * 50 + [True]
+    times = [task["updated_at"] for task in by_version]
+    assert times == sorted(set(times))
+
+
+def test_100_creates_at_once_make_100_tasks(
+    service: Service, client: httpx.Client, db: psycopg.Connection[TupleRow]
+) -> None:
+    responses = at_once(service, 100, lambda client, n: client.post("/api/tasks", json={"title": f"task {n}"}))
+    assert Counter(response.status_code for response in responses) == {201: 100}
+    assert len({response.json()["id"] for response in responses}) == 100
+    titles = Counter(task["title"] for task in client.get("/api/tasks").json())
+    assert titles == Counter(f"task {n}" for n in range(100))
+    assert db.execute("SELECT count(*) FROM tasks").fetchone() == (100,)
+
+
+def test_patches_of_different_members_at_once_do_not_undo_one_another(
+    service: Service, client: httpx.Client, create: Create
+) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    changes = [{"title": "changed"}, {"description": "changed"}, {"completed": True}] * 20
+    responses = at_once(service, 60, lambda client, n: client.patch(path, json=changes[n]))
+    assert Counter(response.status_code for response in responses) == {200: 60}
+    task = client.get(path).json()
+    assert (task["title"], task["description"], task["completed"]) == ("changed", "changed", True)
+    assert task["version"] == 4  # three changes; the other patches found their member as they wanted it
+
+
+def test_of_50_deletes_at_once_one_gets_the_task(service: Service, create: Create) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    responses = at_once(service, 50, lambda client, _: client.delete(path))
+    assert Counter(response.status_code for response in responses) == {200: 1, 404: 49}
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_toggles_all_count_where_the_database_isolates_more(conninfo: str, tmp_path: Path, isolation: str) -> None:
+    with new_database(conninfo) as database:
+        with psycopg.connect(database, autocommit=True) as db:
+            set_default = SQL("ALTER DATABASE {} SET default_transaction_isolation = {}")
+            db.execute(set_default.format(Identifier(db.info.dbname), isolation))
+        service = Service(tmp_path / "log", DATABASE_URL=as_url(database)).wait()
+        path = f"/api/tasks/{service.client.post('/api/tasks', json={'title': 'x'}).json()['id']}"
+        responses = at_once(service, 51, lambda client, _: client.post(f"{path}/toggle"))
+        assert Counter(response.status_code for response in responses) == {200: 51}
+        assert service.client.get(path).json()["version"] == 52
+        assert service.stop() == 0

@@ -1,0 +1,142 @@
+"""Every failure is one problem shape with the headers that belong to it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from tests.support.problems import assert_problem
+from tests.support.processes import free_port, wait_until
+from tests.support.service import Service
+
+UNREACHABLE = "postgresql://todo:secret@127.0.0.1:{port}/todo"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nope", "/api", "/api/", "/api/tasks/", "/api//tasks", "/api/tasks/1/", "/api/tasks/1/on", "/docs/nope"],
+)
+def test_an_unknown_url_is_404(client: httpx.Client, path: str) -> None:
+    assert assert_problem(client.get(path), 404, "not_found")["instance"] == path
+
+
+def test_the_instance_is_a_uri_reference(client: httpx.Client) -> None:
+    path = "/nope%0A%22%C3%A9%3Cb%3E"
+    assert assert_problem(client.get(path), 404, "not_found")["instance"] == path
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/api/tasks", {"GET", "HEAD", "OPTIONS", "POST"}),
+        ("DELETE", "/api/tasks", {"GET", "HEAD", "OPTIONS", "POST"}),
+        ("POST", "/api/tasks/1", {"GET", "HEAD", "OPTIONS", "PATCH", "DELETE"}),
+        ("PUT", "/api/tasks/1", {"GET", "HEAD", "OPTIONS", "PATCH", "DELETE"}),
+        ("GET", "/api/tasks/1/toggle", {"OPTIONS", "POST"}),
+        ("POST", "/healthz", {"GET", "HEAD", "OPTIONS"}),
+        ("BREW", "/api/tasks", {"GET", "HEAD", "OPTIONS", "POST"}),
+    ],
+)
+def test_a_wrong_method_is_405_with_allow(client: httpx.Client, method: str, path: str, allowed: set[str]) -> None:
+    response = client.request(method, path)
+    assert_problem(response, 405, "method_not_allowed")
+    assert set(response.headers["Allow"].split(", ")) == allowed
+
+
+def test_no_such_task_says_so(client: httpx.Client) -> None:
+    assert assert_problem(client.get("/api/tasks/9223372036854775807"), 404, "not_found")["detail"] == "No such task"
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run a service whose table lost a column, so that its statements meet a bug."""
+    data_dir = tmp_path_factory.mktemp("broken")
+    service = Service(data_dir / "log", DATA_DIR=data_dir / "data").wait()
+    with psycopg.connect(
+        make_conninfo("", host=str(data_dir / "data" / "postgres"), port=5432, user="todo", dbname="todo")
+    ) as db:
+        db.execute("ALTER TABLE tasks RENAME COLUMN completed TO done")
+    yield service
+    assert service.stop() == 0
+
+
+def test_a_bug_is_500_with_its_traceback_in_the_log_and_nothing_of_it_in_the_answer(broken: Service) -> None:
+    response = broken.client.get("/api/tasks", headers={"X-Request-ID": "find-me-in-the-log"})
+    problem = assert_problem(response, 500, "internal_error")
+    assert "completed" not in response.text
+    assert "SELECT" not in response.text
+    assert problem["instance"] == "/api/tasks"
+    assert response.headers["X-Request-ID"] == "find-me-in-the-log"
+    log = broken.log()
+    assert "Traceback" in log
+    assert "UndefinedColumn" in log
+    assert "GET /api/tasks 500" in log
+
+
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run a service whose database can't be reached."""
+    url = UNREACHABLE.format(port=free_port())
+    service = Service(tmp_path_factory.mktemp("cut_off") / "log", DATABASE_URL=url, WEB_CONCURRENCY=1)
+    wait_until(lambda: service.answers("/healthz"))
+    yield service
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/api/tasks"),
+        ("POST", "/api/tasks"),
+        ("GET", "/api/tasks/1"),
+        ("PATCH", "/api/tasks/1"),
+        ("DELETE", "/api/tasks/1"),
+        ("POST", "/api/tasks/1/toggle"),
+        ("GET", "/readyz"),
+    ],
+)
+def test_without_its_database_every_call_is_503_with_retry_after(cut_off: Service, method: str, path: str) -> None:
+    body = {"title": "x"} if path in {"/api/tasks", "/api/tasks/1"} and method in {"POST", "PATCH"} else None
+    response = cut_off.client.request(method, path, json=body)
+    assert_problem(response, 503, "database_unavailable")
+    assert int(response.headers["Retry-After"]) >= 1
+
+
+def test_without_its_database_the_process_still_lives_and_shows_its_docs(cut_off: Service) -> None:
+    assert [cut_off.client.get(path).status_code for path in ("/healthz", "/docs", "/openapi.json")] == [200] * 3
+    assert_problem(cut_off.client.get("/nope"), 404, "not_found")
+
+
+def test_neither_the_log_nor_an_answer_shows_the_password(cut_off: Service) -> None:
+    assert "secret" not in cut_off.client.get("/api/tasks").text
+    log = cut_off.log()
+    assert "can't be reached" in log
+    assert "secret" not in log
+    assert "Traceback" not in log
+
+
+def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: Path) -> None:
+    data_dir = tmp_path.resolve() / "data"
+    url = f"postgresql://todo@/todo?port=5432&host={quote(str(data_dir / 'postgres'), safe='')}"
+    early = Service(tmp_path / "early", DATABASE_URL=url)
+    wait_until(lambda: early.answers("/healthz"))
+    assert_problem(early.client.get("/readyz"), 503, "database_unavailable")
+    owner = Service(tmp_path / "owner", DATA_DIR=data_dir).wait()
+    early.wait()
+    assert early.client.get("/api/tasks").json() == []
+    assert [early.stop(), owner.stop()] == [0, 0]
+
+
+def test_connections_that_the_server_ended_cost_no_request(service: Service, conninfo: str) -> None:
+    for _ in range(3):
+        assert {service.client.get("/api/tasks").status_code for _ in range(20)} == {200}
+        with psycopg.connect(conninfo, autocommit=True) as db:
+            ended = db.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                " WHERE application_name = 'todo_api' AND datname = current_database()"
+            ).fetchall()
+        assert ended

@@ -1,0 +1,302 @@
+"""The loader of sql/: what becomes a parameter, what is left alone and what is refused; psql is the reference."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.rows import TupleRow
+
+from tests.support.environment import ROOT, environment
+from tests.support.psql import PSQLS
+from todo_api import statements
+from todo_api.statements import Statement, StatementError, parse
+
+HOSTILE = "'; DROP TABLE tasks; --"
+
+
+@pytest.fixture
+def connection(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
+    """Give a connection to the tests' database, as the pool makes them."""
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        yield connection
+
+
+def rows(text: str) -> str:
+    """Give the SQL that a file with this text becomes."""
+    return parse("tasks/some", text).rows.decode()
+
+
+def refusal(text: str) -> str:
+    """Give the message with which a file with this text is refused."""
+    with pytest.raises(StatementError) as refused:
+        parse("tasks/some", text)
+    return str(refused.value)
+
+
+def execute(connection: psycopg.Connection[TupleRow], statement: Statement, **parameters: object) -> list[TupleRow]:
+    """Run a statement and give its rows."""
+    return connection.execute(statement.rows, parameters).fetchall()
+
+
+def test_a_quoted_variable_with_a_cast_becomes_a_bound_parameter() -> None:
+    statement = parse("tasks/some", "SELECT :'task_id'::bigint, :'q'::text, (:'q'::text), ARRAY[:'q'::text];")
+    assert statement.rows == b"SELECT %(task_id)s::bigint, %(q)s::text, (%(q)s::text), ARRAY[%(q)s::text]"
+    assert statement.parameters == {"task_id", "q"}
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        ":name",
+        ":1",
+        ":NAME::text",
+        ':"name"',
+        ':"name"::text',
+        ":{?name}",
+        ":'name'",
+        ":'name' ::text",
+        ":'Name'::text",
+        ":'1'::text",
+        ":'name'::\"char\"",
+        "1:::'name'::text",
+        "1::int:name",
+        "(ARRAY[1, 2])[1:2]",
+        ": name",
+        ":=",
+        ":'näme'::text",
+        ":é",
+        # psql pastes a quoted text right there, and what stands before it would become part of the literal.
+        "E:'name'::text",
+        "U&:'name'::text",
+        "'a':'name'::text",
+        "1:'name'::text",
+    ],
+)
+def test_any_other_variable_is_refused_with_file_and_line(variable: str) -> None:
+    text = f"-- What it does.\n\\set x 1\n\nSELECT\n    1,\n    {variable};\n"
+    assert refusal(text).startswith("tasks/some.sql, line 6: :")
+
+
+@pytest.mark.parametrize(
+    "literal",
+    [
+        "':a :\"b\" ; % :''c''::text -- \\d'",
+        "E':a ; \\' :b ; '' \\\\'",
+        "e'\\\\'",
+        '":a ; "" :b -- /* \'"',
+        "$$ :a ; ' :'b'::text -- $$",
+        "$tag$ :a ; $$ $other$ $tagg$ ' $tag$",
+        "$_1$ $ $_1$",
+        "U&':a ; \\0041 '' \\'",
+        'U&":a ; \\0041"',
+        "B'01'",
+        "'\n\\if :a\n'",
+        "$$\n\\echo :a\n$$",
+        "'a\r\nb'",
+        "'C:\\'",
+        "date'C:\\', ':a ; --'",
+    ],
+)
+def test_text_in_quotes_is_left_alone(literal: str) -> None:
+    assert rows(f"SELECT {literal};\n") == f"SELECT {literal}".replace("%", "%%")
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ["-- :a ; ' \" % $$ \\d\n", "/* :a ; ' \" % $$ \\d -- */", "/**/", "/*/ :a */", "/*\n\\if :a\n*/", "-- a\r"],
+)
+def test_text_in_comments_is_left_out(comment: str) -> None:
+    assert rows(f"SELECT 1 + {comment} 2;").split() == ["SELECT", "1", "+", "2"]
+
+
+def test_a_comment_separates_words() -> None:
+    assert rows("SELECT/**/1-/**/-1") == "SELECT 1- -1"
+
+
+def test_casts_are_left_alone() -> None:
+    assert rows("SELECT a::int, '1'::int::text, b::'c'") == "SELECT a::int, '1'::int::text, b::'c'"
+
+
+def test_percent_signs_are_escaped(connection: psycopg.Connection[TupleRow]) -> None:
+    statement = parse("tasks/some", "SELECT 7 % 4, '%s %(a)s', $$%$$, :'a'::text LIKE 'x%'")
+    assert execute(connection, statement, a="xyz") == [(3, "%s %(a)s", "%", True)]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "\\if :{?limit} \\else \\set limit 50 \\endif\n",
+        "\\if :{?limit}\n\\else\n\\set limit 50\n\\endif\n",
+        "-- What it does.\n\n\\set QUIET on\n/* and\nhow */\n\\pset null -\n",
+        "\\if :{?limit} \\else \\set limit 50 \\endif\r\n",
+    ],
+)
+def test_lines_that_start_with_a_backslash_are_left_out(head: str) -> None:
+    assert rows(f"{head}SELECT 1;\n") == "SELECT 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("SELECT 1 \\gset\n", 1),
+        ("SELECT 1\n\\g\n", 2),
+        ("SELECT 1\n\\if :{?a}\n+ 1\n\\endif\n;", 2),
+        ("SELECT 1;\n\\echo done\n", 1),
+        ("SELECT 1 \\; SELECT 2;", 1),
+        ("SELECT 1 \\:a;", 1),
+        (" \\set a 1\nSELECT 1;", 1),
+        ("/* */ \\set a 1\nSELECT 1;", 1),
+        ("\\set a 1 \\\\ DELETE FROM tasks;\nSELECT 1;", 1),
+        ("\\\\ DELETE FROM tasks;\nSELECT 1;", 1),
+    ],
+)
+def test_a_backslash_that_psql_obeys_elsewhere_is_refused(text: str, line: int) -> None:
+    assert refusal(text).startswith(f"tasks/some.sql, line {line}: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT 1; SELECT 2",
+        "SELECT 1;\nSELECT 2;",
+        "SELECT 1; /* a */ -- b\n SELECT 2",
+        "SELECT (1; 2)",
+        "CREATE FUNCTION one() RETURNS int BEGIN ATOMIC SELECT 1; END;",
+    ],
+)
+def test_two_statements_are_refused(text: str) -> None:
+    assert refusal(text) == "tasks/some.sql, line 1: ;: a file holds one statement"
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "-- only a comment", "/* only a comment */", ";", "\\set a 1\n"])
+def test_no_statement_is_refused(text: str) -> None:
+    assert refusal(text) == "tasks/some.sql holds no statement"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT ';'",
+        'SELECT 1 AS ";";',
+        "SELECT 1 -- ;\n;",
+        "SELECT $$;$$",
+        "SELECT /* ; */ 1;;\n;",
+        "SELECT 1; -- ; :a\n",
+    ],
+)
+def test_a_semicolon_in_a_string_or_a_comment_ends_nothing(text: str, connection: psycopg.Connection[TupleRow]) -> None:
+    assert len(execute(connection, parse("tasks/some", text))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT 'no end",
+        "SELECT 'a''b",
+        'SELECT "no end',
+        "SELECT $$no end",
+        "SELECT $a$no end$b$",
+        "SELECT E'no end\\'",
+        "SELECT /* no end",
+        "SELECT 1 /* /* nested */ ; */",
+        "/* /* nested */ */ SELECT 1",
+        "SELECT E'continued'\n'in a \\' second'",
+        "SELECT E'continued' -- behind a comment\n'in a \\' second'",
+        "SELECT E'continued'\n'that\\'s -- no comment'",
+        # An identifier may hold a $, and then there is no quote; a number never starts one.
+        "SELECT 1 AS a$1$b$1$",
+        "SELECT 1 AS a$$",
+        "SELECT $1$ :a $1$",
+        # To psycopg this would be the first parameter.
+        "SELECT $1::text, :'a'::text",
+        "SELECT 1\0; DELETE FROM tasks",
+    ],
+)
+def test_what_psql_could_read_otherwise_is_refused(text: str) -> None:
+    assert "psql may read it as something else" in refusal(text)
+
+
+@pytest.mark.parametrize("psql", PSQLS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT :'a'::text, ':a', E':a\\' ; :a', \":a\" FROM (SELECT 1 AS \":a\") AS t;",
+        "SELECT date'2026-01-11'::text, $$:a ; '$$, $b$:'a'::text$b$, U&'\\0041 :a', B'01'::text, X'1F'::text;",
+        "SELECT 1/**/AS one, 2 */* :a */ 3, 7 % 4, 5--1\n- 1, '-- :a', '/* :a', '%';",
+        "SELECT '\n\\if :a\n', (ARRAY[:'a'::text])[1], ('{1}'::int[])[1]::text",
+        "\\if :{?a} \\else \\set a 1 \\endif\r\n-- :b\r\nSELECT\r\n:'a'::text, 'a\r\nb' = E'a\\r\\nb';\r\n",
+        "\ufeffSELECT :'a'::text;",
+        "SELECT 'a'\n' :b', E'\\\\', 'C:\\', $a$ $b$a$, $$ $a$$;",
+        "SELECT :'a'::text, /* -- */ 'x' -- /*\n, /*/ ' */ 'y' /***/;;\n-- end",
+    ],
+)
+def test_loader_and_psql_read_a_file_alike(psql: str, text: str, tmp_path: Path, conninfo: str) -> None:
+    file = tmp_path / "some.sql"
+    file.write_bytes(text.encode())
+    statement = statements.load(tmp_path)["some"]
+    value = "x'y\\z :b"
+    with psycopg.connect(conninfo) as connection:
+        [row] = execute(connection, statement, a=value)
+    command = [
+        psql,
+        "-X",
+        "-v",
+        "ON_ERROR_STOP=1",
+        "-v",
+        f"a={value}",
+        "-qAt0",
+        "-F",
+        "\x1f",
+        "-f",
+        str(file),
+        conninfo,
+    ]
+    theirs = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, check=True)
+    assert theirs.stdout.decode().rstrip("\0\n").split("\x1f") == [as_psql_shows(value) for value in row]
+
+
+def as_psql_shows(value: object) -> str:
+    """Give the text that psql shows for a value."""
+    return {True: "t", False: "f"}.get(value, "") if isinstance(value, bool) else str(value)
+
+
+def test_a_value_never_becomes_sql(connection: psycopg.Connection[TupleRow]) -> None:
+    statement = parse("tasks/some", "SELECT :'a'::text AS a, length(:'a'::text) AS length;")
+    assert execute(connection, statement, a=HOSTILE) == [(HOSTILE, len(HOSTILE))]
+    [(json,)] = connection.execute(statement.row_json, {"a": HOSTILE}).fetchall()
+    assert json == {"a": HOSTILE, "length": len(HOSTILE)}
+
+
+def test_rows_come_as_one_object_or_one_array(connection: psycopg.Connection[TupleRow]) -> None:
+    statement = parse("tasks/some", "SELECT n FROM generate_series(1, :'n'::int) AS n ORDER BY n DESC -- last\n;")
+    assert connection.execute(statement.row_json, {"n": 1}).fetchall() == [({"n": 1},)]
+    assert connection.execute(statement.row_json, {"n": 0}).fetchall() == []
+    assert connection.execute(statement.rows_json, {"n": 2}).fetchall() == [([{"n": 2}, {"n": 1}], 2)]
+    assert connection.execute(statement.rows_json, {"n": 0}).fetchall() == [([], 0)]
+
+
+def test_every_file_of_the_project_loads_under_its_name() -> None:
+    loaded = statements.load()
+    files = {path.relative_to(statements.SQL).with_suffix("").as_posix() for path in statements.SQL.glob("[!m]*/*.sql")}
+    assert set(loaded) == files
+    assert {f"tasks/{name}" for name in ("create", "delete", "get", "list", "toggle", "update")} <= files
+    assert {name: "user_id" in loaded[name].parameters for name in files} == {
+        name: name.startswith("tasks/") for name in files
+    }
+
+
+def test_loading_stops_at_a_file_that_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "good.sql").write_text("SELECT 1;\n", encoding="utf-8")
+    (tmp_path / "tasks" / "wrong.sql").write_text("SELECT\n:a;\n", encoding="utf-8")
+    with pytest.raises(StatementError, match=r"^tasks/wrong\.sql, line 2: :a: "):
+        statements.load(tmp_path)
+
+
+def test_loading_a_folder_without_sql_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StatementError, match=r"holds no \.sql file"):
+        statements.load(tmp_path)
+    with pytest.raises(StatementError, match=r"holds no \.sql file"):
+        statements.load(tmp_path / "missing")

@@ -1,0 +1,97 @@
+"""The database goes away and comes back: nobody waits for it, and nothing is lost."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.databases import as_url
+from tests.support.fixtures import Figure
+from tests.support.load import Load, assert_acknowledged_once, assert_unavailable
+from tests.support.postgres import Postgres
+from tests.support.problems import assert_problem
+from tests.support.processes import wait_until
+from tests.support.service import Service
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[Postgres]:
+    """Run a PostgreSQL."""
+    running = Postgres(tmp_path / "server")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def service(postgres: Postgres, tmp_path: Path) -> Iterator[Service]:
+    """Run a service of one worker on it."""
+    running = Service(tmp_path / "log", DATABASE_URL=as_url(postgres.conninfo), WEB_CONCURRENCY=1).wait()
+    yield running
+    assert running.stop() == 0
+
+
+def test_through_three_outages_every_answer_is_quick_and_no_task_is_lost_or_doubled(
+    postgres: Postgres, service: Service, figure: Figure
+) -> None:
+    processes = family(service)
+    with Load(service, 50) as load:
+        returns = [outage(postgres, service, load) for _ in range(3)]
+
+    assert set(load.statuses()) == {201, 503}
+    for call in load.calls:
+        if call.status != httpx.codes.CREATED:
+            assert_unavailable(call)
+    # As the clients saw it: how long a request waited for a thread counts, too.
+    slowest = max(call.ended - call.started for call in load.calls if call.status != httpx.codes.CREATED)
+    recoveries = [first_success(load, returned) - returned for returned in returns]
+    figure("PostgreSQL killed: slowest 503, ms", round(1000 * slowest))
+    figure("PostgreSQL back: first success after, ms", round(1000 * max(recoveries)))
+    assert slowest < 1
+    assert max(recoveries) < 1
+    for returned in returns:
+        later = [call.status for call in load.calls if returned + 1 < call.started < returned + 1.5]
+        assert set(later) == {httpx.codes.CREATED}
+    assert_acknowledged_once(load.calls, postgres.conninfo)
+    assert family(service) == processes
+
+
+def family(service: Service) -> set[int]:
+    """Give the ids of a service's processes."""
+    return {child.pid for child in psutil.Process(service.process.pid).children()} | {service.process.pid}
+
+
+def outage(postgres: Postgres, service: Service, load: Load) -> float:
+    """Kill the database for a while and say when it was back."""
+    time.sleep(0.5)
+    postgres.kill()
+    time.sleep(1.5)
+    for path in ("/healthz", "/docs"):
+        assert service.client.get(path).status_code == httpx.codes.OK
+    postgres.start()
+    returned = time.monotonic()
+    time.sleep(1.5)
+    return returned
+
+
+def first_success(load: Load, moment: float) -> float:
+    """Say when the first task was acknowledged after a moment."""
+    return min(call.ended for call in load.calls if call.status == httpx.codes.CREATED and call.ended > moment)
+
+
+def test_an_outage_is_two_lines_in_the_log(postgres: Postgres, service: Service) -> None:
+    def lines() -> list[str]:
+        found = [line for line in service.log().splitlines() if "todo_api.outage" in line or "psycopg" in line]
+        return [line.partition("WARNING ")[2] for line in found]
+
+    for number in range(2):
+        postgres.kill()
+        for _ in range(20):
+            assert_problem(service.client.get("/api/tasks"), 503, "database_unavailable")
+        postgres.start()
+        wait_until(service.answers)
+        [away, back] = lines()[2 * number :]
+        assert away.startswith("todo_api.outage: requests get a 503 until the database can be reached: connection ")
+        assert back == "todo_api.outage: the database can be reached again"

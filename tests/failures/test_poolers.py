@@ -1,0 +1,221 @@
+"""Behind PgBouncer in transaction mode, with DATABASE_POOLER=true: everything works, and no wait is long."""
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from tests.support import pgbouncer
+from tests.support.databases import as_url
+from tests.support.fixtures import Figure, Start
+from tests.support.load import Load, assert_acknowledged_once, at_once
+from tests.support.optional_tools import program
+from tests.support.pgbouncer import PgBouncer
+from tests.support.postgres import Postgres
+from tests.support.problems import assert_problem
+from tests.support.processes import wait_until
+from tests.support.service import Service
+
+# What PgBouncer itself sets on a server's connection, for each client what that asked for.
+PGBOUNCERS_OWN = {"application_name", "client_encoding", "DateStyle", "standard_conforming_strings", "TimeZone"}
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """Run a PostgreSQL."""
+    assert pgbouncer.PROGRAM or program("pgbouncer")
+    running = Postgres(tmp_path_factory.mktemp("poolers") / "server")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def bouncer(postgres: Postgres) -> Iterator[PgBouncer]:
+    """Run a PgBouncer in front of it, which has two connections to it for eight clients."""
+    with pgbouncer.running(postgres.conninfo, default_pool_size=2) as running:
+        yield running
+
+
+@pytest.fixture
+def service(postgres: Postgres, bouncer: PgBouncer, start: Start) -> Service:
+    """Run a service of two workers behind that, on a database without tasks."""
+    running = start(DATABASE_URL=url(bouncer, postgres), DATABASE_POOLER=True, WEB_CONCURRENCY=2).wait()
+    query(postgres, "DELETE FROM tasks")
+    return running
+
+
+def url(bouncer: PgBouncer, postgres: Postgres) -> str:
+    """Give the URL of a PostgreSQL by way of a PgBouncer."""
+    return as_url(bouncer.in_front_of(postgres.conninfo))
+
+
+def query(postgres: Postgres, sql: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+    """Run a statement of the test's own, not by way of the pooler, and give its rows."""
+    with psycopg.connect(postgres.conninfo, dbname=database, autocommit=True) as db:
+        cursor = db.execute(sql.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def use_every_call(client: httpx.Client, number: int) -> httpx.Response:
+    """Create a task, do all there is to do with it, and give the last answer."""
+    created = client.post("/api/tasks", json={"title": f"number {number}."})
+    assert created.status_code == httpx.codes.CREATED
+    path = f"/api/tasks/{created.json()['id']}"
+    answers = [
+        client.get(path),
+        client.get("/api/tasks", params={"q": f"number {number}."}),
+        client.patch(path, json={"description": "changed"}),
+        client.post(f"{path}/toggle"),
+        client.delete(path),
+    ]
+    assert {answer.status_code for answer in answers} == {200}
+    assert answers[1].json() == [created.json()]
+    assert {"completed": True, "version": 3, "description": "changed"}.items() <= answers[-1].json().items()
+    return answers[-1]
+
+
+def test_every_call_works_while_eight_clients_share_two_connections(
+    service: Service, bouncer: PgBouncer, postgres: Postgres
+) -> None:
+    assert len(at_once(service, 60, use_every_call)) == 60
+    assert len(bouncer.console("SHOW SERVERS")) == 2
+    assert len([client for client in bouncer.console("SHOW CLIENTS") if "postgres" in client]) >= 8
+    assert service.client.get("/api/tasks").json() == []
+
+
+def test_nothing_of_its_sessions_is_left_for_other_clients(postgres: Postgres, start: Start) -> None:
+    with pgbouncer.running(postgres.conninfo, default_pool_size=1) as bouncer:
+        service = start(DATABASE_URL=url(bouncer, postgres), DATABASE_POOLER=True).wait()
+        at_once(service, 10, use_every_call)
+        pid = query(postgres, "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api'")
+        with psycopg.connect(bouncer.in_front_of(postgres.conninfo), autocommit=True, prepare_threshold=None) as other:
+            assert [other.execute("SELECT pg_backend_pid()").fetchone()] == pid  # the one that the service used
+            assert other.execute("SELECT name, statement FROM pg_prepared_statements").fetchall() == []
+            assert other.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'").fetchall() == []
+            settings = other.execute("SELECT name FROM pg_settings WHERE source IN ('session', 'client')").fetchall()
+            assert {name for (name,) in settings} <= PGBOUNCERS_OWN
+    assert service.stop() == 0
+
+
+Break = Callable[[PgBouncer, Postgres], object]
+TERMINATE = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'todo_api'"
+OUTAGES: dict[str, tuple[Break, Break]] = {
+    "connections that end": (lambda _, server: query(server, TERMINATE), lambda _, server: query(server, TERMINATE)),
+    "PgBouncer killed": (lambda pooler, _: pooler.kill(), lambda pooler, _: pooler.start()),
+    "PostgreSQL killed": (lambda _, server: server.kill(), lambda _, server: server.start()),
+    "PgBouncer frozen": (
+        lambda pooler, _: pooler.process.send_signal(signal.SIGSTOP),
+        lambda pooler, _: pooler.process.send_signal(signal.SIGCONT),
+    ),
+    "PgBouncer that lets everybody wait": (
+        lambda pooler, _: pooler.console("PAUSE"),
+        lambda pooler, _: pooler.console("RESUME"),
+    ),
+}
+
+
+LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in OUTAGES if not kind.endswith("killed")]
+
+
+@pytest.mark.parametrize("kind", ["PgBouncer killed", "PostgreSQL killed", *LONG])
+def test_an_outage_makes_nobody_wait_and_loses_nothing(
+    kind: str, service: Service, bouncer: PgBouncer, postgres: Postgres, figure: Figure
+) -> None:
+    away, back = OUTAGES[kind]
+    with Load(service, 40) as load:
+        time.sleep(0.5)
+        away(bouncer, postgres)
+        known = time.monotonic() + 1.5
+        time.sleep(4)
+        back(bouncer, postgres)
+        wait_until(lambda: reaches(bouncer, postgres))
+        returned = time.monotonic()
+        wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
+        time.sleep(0.5)
+
+    assert set(load.statuses()) <= {201, 503}
+    refused = [float(took) / 1000 for took in re.findall(r" 503 ([\d.]+)ms ", service.log())]
+    # As a client sees it, with all the others in the queue, once the outage is known: most, on a busy machine.
+    late = median(call.ended - call.started for call in load.calls if known < call.started < known + 1)
+    served = min(call.ended for call in load.calls if call.status == httpx.codes.CREATED and call.ended > returned)
+    figure(f"behind PgBouncer, {kind}: slowest 503 (s)", max(refused, default=0))
+    figure(f"behind PgBouncer, {kind}: answer for most clients (s)", round(late, 2))
+    figure(f"behind PgBouncer, {kind}: served again after (s)", round(served - returned, 2))
+    assert max(refused, default=0) < 1
+    assert late < 1
+    assert served - returned < 1
+    assert_acknowledged_once(load.calls, postgres.conninfo)
+    assert "Traceback" not in service.log()
+
+
+def reaches(bouncer: PgBouncer, postgres: Postgres) -> bool:
+    """Say whether a PgBouncer has a connection to PostgreSQL, or gets one."""
+    try:
+        with psycopg.connect(bouncer.in_front_of(postgres.conninfo)) as db:
+            db.execute("SELECT 1")
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+SLOW = """
+    CREATE FUNCTION sleep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(3); RETURN new; END';
+    CREATE TRIGGER sleep AFTER UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION sleep()
+"""
+
+
+def test_a_locked_task_is_a_503_and_stays_as_it_is(service: Service, postgres: Postgres) -> None:
+    task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute("SELECT 1 FROM tasks FOR UPDATE")
+        assert_undone(service, postgres, task)
+    assert service.client.get(f"/api/tasks/{task['id']}").json() == task
+    assert service.client.post(f"/api/tasks/{task['id']}/toggle").status_code == httpx.codes.OK
+
+
+def test_a_long_statement_is_a_503_and_changes_nothing(service: Service, postgres: Postgres) -> None:
+    task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    query(postgres, SLOW)
+    assert_undone(service, postgres, task)
+    query(postgres, "DROP FUNCTION sleep CASCADE")
+    assert service.client.get(f"/api/tasks/{task['id']}").json() == task
+
+
+def assert_undone(service: Service, postgres: Postgres, task: dict[str, Any]) -> None:
+    """Check that a toggle that can't be done in time is given up by the service and, soon after, by PostgreSQL."""
+    assert_problem(service.client.post(f"/api/tasks/{task['id']}/toggle"), 503, "database_unavailable")
+    at_work = "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api' AND state <> 'idle'"
+    wait_until(lambda: query(postgres, at_work) == [], timeout=1)
+    assert max(float(took) for took in re.findall(r" 503 ([\d.]+)ms ", service.log())) < 1000
+
+
+@pytest.mark.parametrize("settings", [{}, {"ignore_startup_parameters": "options"}], ids=str)
+def test_without_its_setting_the_start_ends_with_one_line_that_names_it(
+    settings: dict[str, str], postgres: Postgres, start: Start
+) -> None:
+    with pgbouncer.running(postgres.conninfo, **settings) as bouncer:
+        refused = start(DATABASE_URL=url(bouncer, postgres), DATABASE_POOLER=False)
+        assert refused.process.wait(timeout=60) != 0
+    assert re.fullmatch("todo_api: .*DATABASE_POOLER=true.*\n", refused.log())
+
+
+def test_migrations_are_applied_at_their_own_url(postgres: Postgres, start: Start) -> None:
+    query(postgres, "CREATE ROLE app LOGIN")  # which may create no table
+    query(postgres, "CREATE DATABASE shop")
+    query(postgres, "ALTER DEFAULT PRIVILEGES GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO app", "shop")
+    direct = make_conninfo(postgres.conninfo, dbname="shop")
+    with pgbouncer.running(make_conninfo(direct, user="app")) as bouncer:
+        settings = {"DATABASE_URL": as_url(bouncer.in_front_of(direct)), "DATABASE_POOLER": True}
+        refused = start(**settings)
+        assert refused.process.wait(timeout=60) != 0
+        assert re.fullmatch("todo_api: .*permission denied.*\n", refused.log())
+        service = start(**settings, MIGRATION_DATABASE_URL=as_url(direct)).wait()
+        assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
+        assert service.stop() == 0

@@ -1,0 +1,117 @@
+"""The truth under concurrency: some order of all calls explains every answer, while connections are cut."""
+
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterator
+
+import psutil
+import psycopg
+import pytest
+from psycopg.rows import TupleRow
+
+from tests.support.databases import as_url
+from tests.support.fixtures import Figure
+from tests.support.histories import explain
+from tests.support.postgres import Postgres
+from tests.support.races import Race
+from tests.support.service import Service
+
+CLIENTS = 8
+SEEDS = [os.environ["HISTORIES_SEED"]] if "HISTORIES_SEED" in os.environ else []
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'todo_api'"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """Run a PostgreSQL."""
+    running = Postgres(tmp_path_factory.mktemp("histories") / "server")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def service(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run a service of two workers on it."""
+    log = tmp_path_factory.mktemp("histories") / "log"
+    running = Service(log, DATABASE_URL=as_url(postgres.conninfo), WEB_CONCURRENCY=2).wait()
+    yield running
+    assert running.stop() == 0
+
+
+def disturb(race: Race, postgres: Postgres, seconds: float) -> None:
+    """Cut the service's connections again and again; halfway crash PostgreSQL, and later kill a worker."""
+    chance = random.Random(race.seed)
+    begun = time.monotonic()
+    events = [crash, kill_a_worker]
+    while (passed := time.monotonic() - begun) < seconds:
+        with psycopg.connect(postgres.conninfo, autocommit=True) as db:
+            if chance.random() < 0.7:
+                withhold_answers(db, chance.uniform(0.02, 0.1))
+            db.execute(CUT)
+            db.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            db.execute("SELECT pg_reload_conf()")
+        if events and passed > seconds / 2:
+            events.pop(0)(race, postgres)
+        time.sleep(chance.uniform(0.02, 0.3))
+
+
+def withhold_answers(db: psycopg.Connection[TupleRow], seconds: float) -> None:
+    """Let commits wait for a standby that is not there: those cut meanwhile have their effect, and nobody is told."""
+    db.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    db.execute("SELECT pg_reload_conf()")
+    time.sleep(seconds)
+
+
+def crash(race: Race, postgres: Postgres) -> None:
+    """End PostgreSQL as a crash does, and start it again."""
+    race.crashing.set()
+    postgres.kill()
+    race.crashing.clear()
+    postgres.start()
+
+
+def kill_a_worker(race: Race, _: Postgres) -> None:
+    """SIGKILL one of the service's workers."""
+    psutil.Process(race.service.process.pid).children()[0].kill()
+
+
+def check(service: Service, postgres: Postgres, seed: str, seconds: float) -> str:
+    """Race with a seed, explain what became of each task, and sum it up.
+
+    Raises:
+        UnexplainedError: HISTORIES_SEED repeats the choices of the clients, though not how they interleave.
+
+    """
+    with psycopg.connect(postgres.conninfo, autocommit=True) as db:
+        db.execute("TRUNCATE tasks, idempotency_keys")
+    race = Race(service, seed)
+    try:
+        histories = race.run(CLIENTS, lambda: disturb(race, postgres, seconds))
+        order = [call for history in histories.values() for call in explain(history)]
+    except Exception as error:
+        error.add_note(f"HISTORIES_SEED={seed}")
+        raise
+    lost = sum(not call.answered for _, call in race.calls)
+    effective = sum(not call.answered for call in order)
+    assert effective, "no connection was cut at the moment that matters"
+    return (
+        f"{len(race.calls)} calls on {len(histories)} tasks; {lost} without an answer, {effective} of them with effect"
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS or ["1", "2"])
+def test_every_answer_is_explained_while_connections_are_cut(
+    service: Service, postgres: Postgres, seed: str, figure: Figure
+) -> None:
+    figure(f"histories, HISTORIES_SEED={seed}", check(service, postgres, seed, 4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(6))
+def test_every_answer_of_two_minutes_is_explained(
+    service: Service, postgres: Postgres, number: int, figure: Figure
+) -> None:
+    seed = SEEDS[0] if SEEDS else uuid.uuid4().hex[:8]
+    figure(f"histories, HISTORIES_SEED={seed}", check(service, postgres, seed, 20))

@@ -1,0 +1,192 @@
+"""The settings: where they come from, and one line about each that is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from tests.support.environment import ROOT, environment
+from tests.support.processes import free_port
+from todo_api import config
+
+PASSWORD = "h-u-s-h"
+PROGRAMS = {
+    "python wsgi.py": ["wsgi.py"],
+    "gunicorn wsgi:app": ["-m", "gunicorn", "-b", "127.0.0.1:0", "wsgi:app"],
+    "flask migrate": ["-m", "flask", "--app", "wsgi", "migrate"],
+}
+WRONG = [
+    ("PORT", "abc"),
+    ("PORT", "0"),
+    ("PORT", "99999"),
+    ("HOST", "not-an-address"),
+    ("WEB_CONCURRENCY", "x"),
+    ("DATABASE_URL", f"mysql://user:{PASSWORD}@host/name"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@[bad"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@host/name?sslmod=require"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@127.0.0.1:99999/name"),
+    ("MAX_BODY_BYTES", "1"),
+    ("USER_ID", "x" * 256),
+    ("CORS_ORIGINS", "app.example"),
+]
+ALSO_WRONG = [  # found by the same function, so that one process is enough
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}%@host/name"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}/@host/name"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@@host/name"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD} @host/name"),
+    ("DATABASE_URL", f"postgresql://user:{PASSWORD}@[::1]5432/name"),
+    ("DATABASE_URL", f"host=127.0.0.1 password={PASSWORD}"),
+    ("DATA_DIR", "~nobody-of-this-name/data"),
+    ("HOST", "127.0.0.1:8000"),
+    ("CORS_ORIGINS", "http://[::1]:3000"),  # Flask-CORS would take it for a pattern
+    ("CORS_ORIGINS", "https://app.example.com/"),
+    ("WEB_CONCURRENCY", "0"),
+    ("WEB_THREADS", "257"),
+    ("MAX_BODY_BYTES", "1e6"),
+    ("USER_ID", "\udcff"),
+    ("USER_ID", "two\nlines"),
+    ("CORS_ORIGINS", "https://app.example/"),
+    ("CORS_ORIGINS", "https://app.example/page"),
+    ("CORS_ORIGINS", "https://App.example"),
+    ("CORS_ORIGINS", "https://app.example,"),
+    ("CORS_ORIGINS", "https://app.example;https://other.example"),
+    ("CORS_ORIGINS", "https://*.example"),
+    ("CORS_ORIGINS", "https://user@app.example"),
+    ("CORS_ORIGINS", "https://app.example\n"),
+    ("CORS_ORIGINS", ".*"),
+    ("CORS_ORIGINS", "null"),
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Copy the project's files, so that a test can give it a .env."""
+    for name in ("todo_api", "sql"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "wsgi.py", tmp_path)
+    return tmp_path
+
+
+def settings(project: Path, **variables: str) -> config.Settings:
+    """Read the settings as the service does, in a process of their own."""
+    script = (
+        "import dataclasses, json, todo_api.config as c; print(json.dumps(dataclasses.asdict(c.load()), default=str))"
+    )
+    done = run(project, ["-c", script], **variables)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    return config.Settings(
+        **(values | {"data_dir": Path(values["data_dir"]), "cors_origins": tuple(values["cors_origins"])})
+    )
+
+
+def run(project: Path, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a project and wait for its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=project,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_wrong_value_stops_each_program_with_a_line_that_names_it(name: str, value: str, tmp_path: Path) -> None:
+    programs = dict(PROGRAMS)
+    if name == "WEB_CONCURRENCY":
+        del programs["gunicorn wsgi:app"]  # gunicorn ends with a traceback of its own before it reads anything of ours
+    variables = environment(**{"DATA_DIR": tmp_path / "data", "PORT": free_port(), name: value})
+    running = {
+        program: subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        for program, arguments in programs.items()
+    }
+    for program, process in running.items():
+        errors = process.communicate(timeout=30)[1].decode()
+        assert process.returncode not in {0, None}, program
+        lines = [line for line in errors.splitlines() if line.startswith("todo_api: ")]
+        assert len(lines) == 1, errors
+        assert name in lines[0]
+        assert "Traceback" not in errors
+        assert PASSWORD not in errors
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), ALSO_WRONG)
+def test_a_wrong_value_is_named_in_one_line(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PGTZ", "UTC")  # so that it is undone, too
+    with pytest.raises(SystemExit) as raised:
+        config.load()
+    errors = capsys.readouterr().err
+    assert raised.value.code == 3
+    assert errors.count("\n") == 1
+    assert name in errors
+    assert PASSWORD not in errors
+
+
+def test_dotenv_is_read_and_the_environment_comes_before_it(project: Path) -> None:
+    (project / ".env").write_text("PORT=8001\nUSER_ID=somebody\n")
+    found = settings(project, PORT="8002")
+    assert (found.port, found.user_id) == (8002, "somebody")
+
+
+def test_a_wrong_value_in_dotenv_stops_the_start(project: Path) -> None:
+    (project / ".env").write_text("PORT=http\n")
+    done = run(project, ["wsgi.py"])
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "PORT" in done.stderr
+
+
+def test_a_dotenv_that_is_no_text_gets_one_line(project: Path) -> None:
+    (project / ".env").write_bytes(b"USER_ID=\xff\n")
+    done = run(project, ["wsgi.py"])
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert ".env" in done.stderr
+
+
+def test_an_empty_value_means_the_default(project: Path) -> None:
+    names = [field.name.upper() for field in fields(config.Settings)]
+    (project / ".env").write_text("".join(f"{name}=\n" for name in names))
+    defaults = settings(project, **dict.fromkeys(names, " "))
+    assert defaults == settings(project, **dict.fromkeys(names, ""))
+    assert defaults.port == config.Settings.port
+
+
+def test_the_example_names_every_setting_with_its_default(project: Path) -> None:
+    defaults = settings(project)
+    shutil.copy(ROOT / ".env.example", project / ".env")
+    assert settings(project) == defaults
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    shown = [line.partition("=")[0] for line in lines if line and not line.startswith("#")]
+    assert shown == [field.name.upper() for field in fields(config.Settings)]
+
+
+def test_the_defaults_are_those_of_the_class(project: Path) -> None:
+    found = asdict(settings(project))
+    workers = found.pop("web_concurrency")  # one for each core
+    assert 1 <= workers <= 8
+    expected = asdict(config.Settings()) | {"data_dir": project / ".data"}
+    del expected["web_concurrency"]
+    assert found == expected
+
+
+def test_origins_are_listed_with_commas(project: Path) -> None:
+    assert settings(project).cors_origins == ()
+    found = settings(project, CORS_ORIGINS="https://app.example,http://localhost:3000")
+    assert found.cors_origins == ("https://app.example", "http://localhost:3000")
+
+
+def test_a_relative_data_dir_starts_at_the_project_and_a_tilde_at_home(project: Path) -> None:
+    assert settings(project, DATA_DIR="data").data_dir == project / "data"
+    assert settings(project, DATA_DIR="~/data", HOME="/home/me").data_dir == Path("/home/me/data")

@@ -1,0 +1,118 @@
+"""Requests that no HTTP library would send get their problem, too; these go over a socket."""
+
+import json
+import re
+import socket
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import TupleRow
+
+from tests.support.service import Service
+
+POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+
+def send(service: Service, request: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes, say that no more will come, and give the first answer's status, headers and body."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it waits for a server that reads
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    return int(status.split()[1]), headers, body[: int(headers["Content-Length"])]
+
+
+def problem(service: Service, request: bytes) -> dict[str, Any]:
+    """Send bytes and give the problem that comes back, after checking what every answer has."""
+    status, headers, body = send(service, request)
+    members: dict[str, Any] = json.loads(body)
+    assert headers["Content-Type"] == "application/problem+json"
+    assert headers["X-Request-ID"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert members["status"] == status
+    return members
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b'Content-Length: 100\r\n\r\n{"title": "x"}',
+        b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"tit',
+        b'Transfer-Encoding: chunked\r\n\r\ne\r\n{"title": "x"}\r\n',
+        b'Transfer-Encoding: chunked\r\n\r\nzz\r\n{"title": "x"}\r\n0\r\n\r\n',
+        b'Transfer-Encoding: chunked\r\n\r\n2\r\n{"title": "x"}\r\n0\r\n\r\n',
+        b'Transfer-Encoding: chunked\r\n\r\n-1\r\n{"title": "x"}\r\n0\r\n\r\n',
+        b'Transfer-Encoding: chunked\r\n\r\ne\r\n{"title": "x"}\r\n0\r\nbad trailer\r\n\r\n',
+    ],
+)
+def test_a_body_that_did_not_arrive_whole_is_malformed_and_stores_nothing(
+    service: Service, db: psycopg.Connection[TupleRow], rest: bytes
+) -> None:
+    assert problem(service, POST + rest)["type"] == "malformed_request"
+    assert db.execute("SELECT 1 FROM tasks").fetchall() == []
+
+
+def test_a_chunked_body_in_many_pieces_is_read(service: Service) -> None:
+    pieces = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"title": "x"}')
+    status, headers, _ = send(service, POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")
+    assert (status, headers["Content-Type"]) == (201, "application/json")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "kind"),
+    [
+        (b"GARBAGE\r\n\r\n", 400, "malformed_request"),
+        (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 400, "malformed_request"),
+        (b"GET /api/tasks/\xd9\xa1 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "malformed_request"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nNo Colon\r\n\r\n", 400, "malformed_request"),
+        (POST + b"Content-Length: -1\r\n\r\n", 400, "malformed_request"),
+        (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, "malformed_request"),
+        (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400, "malformed_request"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nExpect: magic\r\n\r\n", 417, "expectation_failed"),
+        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 9000 + b"\r\n\r\n", 431, "request_header_fields_too_large"),
+    ],
+)
+def test_what_the_server_itself_cannot_read_is_a_problem_too(
+    service: Service, request_bytes: bytes, status: int, kind: str
+) -> None:
+    members = problem(service, request_bytes)
+    assert (members["status"], members["type"]) == (status, kind)
+
+
+@pytest.mark.parametrize("header", [b"SCRIPT_NAME: /api/tasks", b"SCRIPT-NAME: /api", b"PATH_INFO: /docs"])
+def test_headers_do_not_change_the_routing(service: Service, header: bytes) -> None:
+    status, headers, _ = send(service, CLOSE + header + b"\r\n\r\n")
+    assert (status, headers["Content-Type"]) in {(200, "application/json"), (400, "application/problem+json")}
+
+
+def test_the_host_header_does_not_reach_the_location(service: Service) -> None:
+    body = b'{"title": "x"}'
+    request = POST.replace(b"Host: x", b"Host: evil.example") + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    assert send(service, request)[1]["Location"].startswith("/api/tasks/")
+
+
+@pytest.mark.parametrize(
+    ("path", "rest"),
+    [
+        (b"/api/tasks", b"Content-Length: 900000\r\n\r\n" + b" " * 900_000),
+        (b"/api/tasks/1/toggle", b"Content-Length: 900000\r\n\r\n" + b" " * 900_000),
+        (b"/api/tasks", b"Transfer-Encoding: chunked\r\n\r\ndbba0\r\n" + b" " * 900_000 + b"\r\n0\r\n\r\n"),
+    ],
+)
+def test_a_body_over_the_limit_is_413_on_every_call_and_the_answer_says_that_the_connection_closes(
+    service: Service, path: bytes, rest: bytes
+) -> None:
+    status, headers, _ = send(service, POST.replace(b"/api/tasks", path) + rest)
+    assert (status, headers["Connection"]) == (413, "close")
+
+
+def test_what_the_server_cannot_read_is_in_the_log_with_its_id(service: Service) -> None:
+    _, headers, _ = send(service, b"NONSENSE\r\n\r\n")
+    assert re.search(rf"400 .*NONSENSE.* {headers['X-Request-ID']}$", service.log(), re.MULTILINE)

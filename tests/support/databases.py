@@ -1,0 +1,36 @@
+"""Connection strings, and databases of a test's own."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlencode
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from tests.support import pgbouncer
+from tests.support.environment import POOLER
+
+
+def as_url(conninfo: str) -> str:
+    """Write a connection string as a URL, the form that DATABASE_URL takes; where TEST_POOLER is set, by way of one."""
+    if POOLER:
+        conninfo = pgbouncer.shared(make_conninfo(conninfo, dbname=None)).in_front_of(conninfo)
+    return f"postgresql://?{urlencode(conninfo_to_dict(conninfo))}"
+
+
+@contextmanager
+def new_database(conninfo: str) -> Iterator[str]:
+    """Make an empty database beside the tests' one, owned by the same role, and drop it in the end."""
+    name = f"todo_test_{uuid.uuid4().hex}"
+    role = conninfo_to_dict(conninfo)["user"]
+    # The embedded server's role may not create databases; the role of TEST_DATABASE_URL must.
+    admin = conninfo if os.environ.get("TEST_DATABASE_URL") else make_conninfo(conninfo, user="postgres")
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(
+            sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(str(role)))
+        )
+        yield make_conninfo(conninfo, dbname=name)
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

@@ -1,0 +1,77 @@
+"""A service that runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.support.environment import ROOT, environment
+from tests.support.processes import START_TIMEOUT, free_port
+
+
+class Service:
+    """A running ``python wsgi.py``, or another command that serves the application on PORT."""
+
+    def __init__(self, log: Path, command: list[str] | None = None, **options: Any) -> None:
+        """Start it; ``options`` are settings, and ``cwd`` and ``prefix`` for the process."""
+        self.log_file = log
+        cwd = options.pop("cwd", ROOT)
+        prefix = options.pop("prefix", [])
+        self.port = options.setdefault("PORT", free_port())
+        self.url = f"http://127.0.0.1:{self.port}"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*prefix, *(command or [sys.executable, "wsgi.py"])],
+                cwd=cwd,
+                env=environment(**options),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
+
+    def log(self) -> str:
+        """Read what it has logged so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def answers(self, path: str = "/readyz") -> bool:
+        """Say whether it answers a GET with 200."""
+        try:
+            return self.client.get(path).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def wait(self) -> "Service":
+        """Wait until it can reach its database."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.answers():
+            assert self.process.poll() is None, f"the service ended:\n{self.log()}"
+            assert time.monotonic() < deadline, f"the service did not get ready:\n{self.log()}"
+            time.sleep(0.02)
+        return self
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
+        """Send the master a signal, wait for its end and give its exit status."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        """SIGKILL the whole process group: the master and its workers."""
+        self.client.close()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    """Find the master's children that are not PostgreSQL."""
+    children = psutil.Process(service.process.pid).children()
+    return [child for child in children if child.name() != "postgres"]
