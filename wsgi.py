@@ -1,16 +1,18 @@
-"""The WSGI application; run as a program it becomes gunicorn with the settings of todo_api/gunicorn_conf.py."""
+"""The WSGI application. Run as a program, it becomes gunicorn with the settings of todo_api/server/gunicorn_conf.py."""
 
-import sys
+import click
+
+from todo_api import create_app, logs, startup
+
+settings = startup.load_settings()
+
+from todo_api import server  # not before: gunicorn reads WEB_CONCURRENCY when it is imported
 
 if __name__ == "__main__":
-    from todo_api import config
+    server.run()  # its workers import this file
 
-    config.load()  # first: gunicorn reads WEB_CONCURRENCY, too, and where that is no number it ends with a traceback
-    from gunicorn.app import wsgiapp
-
-    sys.argv[1:1] = ["-c", "python:todo_api.gunicorn_conf", "wsgi:app"]
-    sys.exit(wsgiapp.run(prog="gunicorn"))
-
-from todo_api import create_app
-
-app = create_app()
+logs.configure()
+server.install_problems()
+app = create_app(settings)
+if not click.get_current_context(silent=True):  # each of flask's commands prepares what it needs itself
+    startup.prepare_or_fail(settings)

@@ -1,29 +1,32 @@
 """A todo backend: a REST API over PostgreSQL with its SQL in .sql files."""
 
-import click
 from flask import Flask
 
-from todo_api import commands, config, database, docs, health, middleware, openapi, problems, startup, tasks
-from todo_api.app import App
+from todo_api import commands, config, startup
+from todo_api.api import body, cors, docs, health, middleware, openapi, problems, tasks
+from todo_api.database import Database
 
 
 def create_app(settings: config.Settings | None = None) -> Flask:
-    """Put the parts together."""
-    settings = settings or config.load()
-    app = App(__name__, static_folder=None)
-    app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
-    app.url_map.merge_slashes = False  # two slashes within a path are another URL: a 404, not a redirect
+    """Return the application. It connects to its database with the first request, or when a server fills its pool.
 
-    middleware.init_app(app, settings.cors_origins)
-    problems.init_app(app)
-    database.init_app(
-        app, lambda: startup.prepare(settings), connections=settings.web_threads, pooler=settings.database_pooler
+    Raises:
+        StartError: no settings are given, and those in the environment are invalid.
+
+    """
+    settings = settings or config.load()
+    app = Flask(__name__, static_folder=None)
+    app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
+    app.extensions["database"] = Database(
+        lambda: startup.prepare(settings), connections=settings.web_threads, pooler=settings.database_pooler
     )
+
+    app.wsgi_app = middleware.RequestLog(app.wsgi_app)
+    cors.init_app(app, settings.cors_origins)
+    body.init_app(app)
     tasks.init_app(app, openapi.init_app(app))
     docs.init_app(app)
-    app.register_blueprint(health.blueprint)
+    health.init_app(app)
+    problems.init_app(app)
     commands.init_app(app, settings)
-
-    if not click.get_current_context(silent=True):  # one of flask's commands knows best whether it needs the database
-        startup.prepare_or_fail(settings)
     return app

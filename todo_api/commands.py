@@ -1,4 +1,4 @@
-"""The commands: ``flask migrate`` and ``flask psql``; flask-smorest brings ``flask openapi``."""
+"""The commands ``flask migrate`` and ``flask psql``. flask-smorest adds ``flask openapi``."""
 
 import signal
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import click
 from flask import Flask
 
-from todo_api import config, database, database_url, embedded, startup
+from todo_api import config, database, embedded, startup
 
 
 def init_app(app: Flask, settings: config.Settings) -> None:
@@ -16,28 +16,29 @@ def init_app(app: Flask, settings: config.Settings) -> None:
     @app.cli.command()
     def migrate() -> None:
         """Apply the migrations that are not applied yet."""
-        _leave_in_order()
+        _exit_on_signals()
         try:
             startup.prepare(settings)
-        except (config.StartError, database.Unavailable) as error:
-            config.fail(error)
+        except (config.StartError, database.UnavailableError) as error:
+            startup.fail(error)
         click.echo("The database is up to date.")
 
     @app.cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def psql(arguments: tuple[str, ...]) -> None:
-        """Run psql on the service's database; every argument is psql's."""
-        _leave_in_order()
+        """Run psql on the service's database. All arguments go to psql."""
+        _exit_on_signals()
         try:
-            variables, rest = database_url.as_variables(startup.find(settings))
+            variables, rest = database.libpq_variables(startup.find(settings))
+            program = embedded.psql()
         except config.StartError as error:
-            config.fail(error)
+            startup.fail(error)
         config.set_libpq_variables(variables)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is psql's: it cancels a statement there
-        raise SystemExit(subprocess.call([embedded.psql(), *(["-d", rest] if rest else []), *arguments]))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for psql, which cancels a statement
+        raise SystemExit(subprocess.call([program, *(["-d", rest] if rest else []), *arguments]))
 
 
-def _leave_in_order() -> None:
-    """Let a closed terminal or a SIGTERM end the command as its last line does: an embedded server is stopped."""
+def _exit_on_signals() -> None:
+    """Make SIGHUP and SIGTERM exit normally, so that an embedded server is stopped."""
     for number in (signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))  # the status that shells give it
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))  # the status that shells use

@@ -1,13 +1,11 @@
-"""The settings, read from the environment (and .env) and checked once; nothing else reads the environment."""
+"""The settings, read from the environment and from .env, and checked once. No other module reads the environment."""
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NoReturn
 
 from dotenv import load_dotenv
 from environs import Env, ValidationError, validate
@@ -15,10 +13,14 @@ from environs.exceptions import EnvError
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The times in the JSON that PostgreSQL writes are in the session's time zone. libpq sends PGTZ when it connects: that
+# needs no statement, and a pooler in transaction mode accepts it.
+os.environ["PGTZ"] = "UTC"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every setting, with its default; .env.example says what each is for."""
+    """Every setting with its default. .env.example describes each."""
 
     database_url: str = ""
     database_pooler: bool = False
@@ -34,41 +36,36 @@ class Settings:
 
 
 class StartError(Exception):
-    """Why the service can't start, in one line for the person who starts it."""
-
-
-def fail(reason: object) -> NoReturn:
-    """End the start with one line on standard error."""
-    sys.stderr.write(f"todo_api: {' '.join(str(reason).split())}\n")
-    # gunicorn's own status for a worker that can't boot: its master then ends too, and does not try for ever.
-    raise SystemExit(3)
+    """The service cannot start; the message is one line for the person who starts it."""
 
 
 def load() -> Settings:
-    """Read the settings, or end the process with one line that names the wrong one."""
+    """Return the settings.
+
+    Raises:
+        StartError: a setting is invalid, or .env cannot be read.
+
+    """
     try:
         return _read()
     except EnvError as error:
-        fail(error)
+        raise StartError(error) from error
     except (OSError, ValueError) as error:
-        fail(f"{ROOT / '.env'} can't be read: {error}")
+        raise StartError(f"{ROOT / '.env'} cannot be read: {error}") from error
 
 
 def _read() -> Settings:
-    # Into the environment, which Env.read_env would leave alone: empty values there mean the default just as well.
+    # load_dotenv puts the values into the environment, so that empty values are handled alike wherever they come from.
     load_dotenv(ROOT / ".env")
     env = Env()
     for name in map(str.upper, Settings.__dataclass_fields__):
         if not os.environ.get(name, "unset").strip():
-            del os.environ[name]  # "PORT=" in .env means the default, as if the line were not there
-    # A session's time zone reaches the JSON that PostgreSQL writes, and SPEC says UTC. libpq sends PGTZ along when it
-    # connects: that costs no statement, and poolers in transaction mode let it pass.
-    os.environ["PGTZ"] = "UTC"
+            del os.environ[name]  # "PORT=" in .env means the default
     return Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_is_database_url),
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
         migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_is_database_url),
-        # Relative to the project, not to the folder that the command happens to be typed in.
+        # A relative path starts at the project, not at the current folder.
         data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_has_home).expanduser(),
         host=env.str("HOST", Settings.host, validate=_is_address),
         port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
@@ -80,8 +77,8 @@ def _read() -> Settings:
     )
 
 
-# What libpq takes, without that for which its own message would show the password: a stray @, / or % in it, or brackets
-# that hold no IPv6 address.
+# The URLs that libpq accepts, except those for which its error message would show the password: with an unescaped @, /
+# or % in the password, or with brackets that hold no IPv6 address.
 _CHARACTER = r"(?:[^][@/?%\s\ud800-\udfff]|%(?!00)[0-9A-Fa-f]{2})"
 _DATABASE_URL = re.compile(
     rf"postgres(ql)?://(({_CHARACTER}|[][?])*@)?(\[[0-9A-Fa-f:.]+\](?=[:,/?]|$)|{_CHARACTER})*([/?]({_CHARACTER}|[][/?])*)?"
@@ -90,7 +87,7 @@ _DATABASE_URL = re.compile(
 
 def _is_database_url(url: str) -> None:
     if not _DATABASE_URL.fullmatch(url):
-        # It is not shown, since it may hold a password.
+        # The message does not show the value, which may hold a password.
         raise ValidationError("It must be like postgresql://user:password@host/name, with %40 for @ in a password.")
 
 
@@ -104,11 +101,11 @@ def _is_address(host: str) -> None:
 def _has_home(path: Path) -> None:
     try:
         path.expanduser()
-    except RuntimeError as error:  # ~ of nobody known
+    except RuntimeError as error:  # "~name" for an unknown user
         raise ValidationError(f"{error}") from error
 
 
-_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: Flask-CORS takes them for a pattern
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: Flask-CORS would read a pattern
 
 
 def _origins(listed: str) -> tuple[str, ...]:
@@ -118,7 +115,7 @@ def _origins(listed: str) -> tuple[str, ...]:
 def _are_origins(listed: str) -> None:
     for origin in _origins(listed):
         if not _ORIGIN.fullmatch(origin):
-            raise ValidationError("Each must be an origin such as https://app.example.com, in small letters, or *.")
+            raise ValidationError("Each must be an origin such as https://app.example.com, in lower case, or *.")
 
 
 def _is_text(text: str) -> None:
@@ -127,16 +124,17 @@ def _is_text(text: str) -> None:
 
 
 def _default_concurrency() -> int:
-    # One worker a core, since threads share one interpreter lock; few enough for the connections of a small database.
+    # One worker per core, because threads share one interpreter lock. At most 8, because a small database has few
+    # connections.
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 def drop_libpq_variables() -> None:
-    """Forget PGHOST, PGPORT, PGOPTIONS and their like: they are meant for another server than the embedded one."""
+    """Remove PGHOST, PGPORT, PGOPTIONS and the like from the environment: they describe another server."""
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGTZ"]:
         del os.environ[name]
 
 
 def set_libpq_variables(variables: Mapping[str, str]) -> None:
-    """Tell libpq, and the psql that is started next, where to connect to."""
+    """Set environment variables of libpq, which a child process such as psql inherits."""
     os.environ.update(variables)

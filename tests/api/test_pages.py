@@ -227,7 +227,7 @@ def test_every_wrong_parameter_is_named(client: httpx.Client) -> None:
 @pytest.mark.parametrize("query", ["limit=5&limit=5", "q=a&limit=5&limit=6", "limit=&limit="])
 def test_a_parameter_that_comes_twice_is_named(client: httpx.Client, query: str) -> None:
     problem = assert_problem(client.get(f"/api/tasks?{query}"), 400, "validation_error")
-    assert problem["errors"] == [{"parameter": "limit", "detail": "Given more than once"}]
+    assert problem["errors"] == [{"parameter": "limit", "detail": "The parameter is repeated"}]
 
 
 @pytest.mark.parametrize("query", ["q=%ff", "q=%c3", "q=%ed%a0%80", "%ff=1"])

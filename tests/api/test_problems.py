@@ -114,7 +114,7 @@ def test_without_its_database_the_process_still_lives_and_shows_its_docs(cut_off
 def test_neither_the_log_nor_an_answer_shows_the_password(cut_off: Service) -> None:
     assert "secret" not in cut_off.client.get("/api/tasks").text
     log = cut_off.log()
-    assert "can't be reached" in log
+    assert "cannot be reached" in log
     assert "secret" not in log
     assert "Traceback" not in log
 

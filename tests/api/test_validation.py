@@ -12,7 +12,7 @@ from tests.support.fixtures import Create
 from tests.support.problems import assert_problem
 
 JSON = {"Content-Type": "application/json"}
-UNKNOWN = "Not a member that can be sent; these are title, description and completed"
+UNKNOWN = "Unknown field; the fields are title, description and completed"
 WHITE_SPACE = [chr(code) for code in range(0x110000) if chr(code).isspace()]
 
 NO_STRINGS: list[Any] = [1, 1.5, True, False, [], {}, ["x"]]
@@ -21,7 +21,7 @@ NO_OBJECTS: list[Any] = [[], [{"title": "x"}], "x", 1, True, None]
 BREAKS: list[tuple[Any, dict[str, str]]] = [
     ({"title": "x" * 201}, {"#/title": "Title exceeds maximum length of 200 characters"}),
     ({"title": "\U0001f95b" * 201}, {"#/title": "Title exceeds maximum length of 200 characters"}),
-    ({"title": ""}, {"#/title": "Title must not be empty or only white space"}),
+    ({"title": ""}, {"#/title": "Title must not be blank"}),
     ({"title": None}, {"#/title": "Title must not be null"}),
     *(({"title": bad}, {"#/title": "Title must be a string"}) for bad in NO_STRINGS),
     *(
@@ -96,7 +96,7 @@ def test_a_title_of_only_white_space_is_refused_whichever_it_is(client: httpx.Cl
     for space in WHITE_SPACE:
         for title in (space, space * 3):
             problem = assert_problem(client.post("/api/tasks", json={"title": title}), 400, "validation_error")
-            assert named(problem) == {"#/title": "Title must not be empty or only white space"}
+            assert named(problem) == {"#/title": "Title must not be blank"}
 
 
 MALFORMED = [

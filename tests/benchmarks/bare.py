@@ -8,22 +8,31 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+import psycopg
 from psycopg_pool import ConnectionPool
 
-from todo_api import pages, statements
-from todo_api.connection import OPTIONS, JsonAsBytes
+from todo_api.api import pages
+from todo_api.database import statements
+from todo_api.database.connection import OPTIONS, AsBytes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 SQL = statements.load()
 USER = {"user_id": "local"}
-FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.FIRST}
+FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.FIRST_PAGE}
+
+
+def configure(connection: psycopg.Connection[Any]) -> None:
+    """Pass JSON on as bytes."""
+    for name in ("json", "text"):
+        connection.adapters.register_loader(name, AsBytes)
+
 
 pool = ConnectionPool(
     os.environ["DATABASE_URL"],
     min_size=4,
-    configure=lambda connection: connection.adapters.register_loader("json", JsonAsBytes),
+    configure=configure,
     kwargs={"autocommit": True, "prepare_threshold": 0, "options": OPTIONS},
     open=False,
 )

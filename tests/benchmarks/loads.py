@@ -10,8 +10,8 @@ import psutil
 
 from tests.support.environment import environment
 from tests.support.optional_tools import program
-from todo_api import cluster
-from todo_api.connection import OPTIONS
+from todo_api.database.connection import OPTIONS
+from todo_api.embedded import cluster
 
 from .candidates import Candidate
 from .operations import Operation, for_pgbench
@@ -55,7 +55,7 @@ def wrk(candidate: Candidate, operation: Operation, load: Load) -> Result:
 def pgbench(conninfo: str, operation: Operation, load: Load) -> float:
     """Run an operation's statement in PostgreSQL alone and give how often it was done in a second."""
     script, variables = for_pgbench(operation)
-    command = [str(cluster.BIN / "pgbench"), "-n", "-M", "prepared", "-f", "-", "-c", str(load.connections)]
+    command = [str(cluster.bin_folder() / "pgbench"), "-n", "-M", "prepared", "-f", "-", "-c", str(load.connections)]
     command += ["-j", str(min(load.connections, psutil.cpu_count() or 1)), "-T", str(load.seconds)]
     command += [f"--define={name}={value}" for name, value in variables.items()]
     run = subprocess.run(

@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from todo_api import pages, statements
+from todo_api.api import pages
+from todo_api.database import statements
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def for_pgbench(operation: Operation) -> tuple[str, dict[str, str]]:
     variables = {
         "user_id": "local",
         "limit": str(int(query.get("limit", "10000")) + 1),
-        "after": query.get("after", pages.FIRST),
+        "after": query.get("after", pages.FIRST_PAGE),
         "completed": query.get("completed", ""),
         "q": query.get("q", ""),
         "task": operation.body,

@@ -13,9 +13,9 @@ from psycopg.rows import TupleRow
 
 from tests.support.fixtures import Create
 from tests.support.psql import run_psql
-from todo_api import cluster
+from todo_api.embedded import cluster
 
-PSQL = str(cluster.BIN / "psql")  # one is enough: the rules are the server's
+PSQL = str(cluster.bin_folder() / "psql")  # one is enough: the rules are the server's
 WHITE_SPACE = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
 LAST = chr(sys.maxunicode)
 

@@ -3,7 +3,8 @@
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from todo_api import config, database_url
+from todo_api import config
+from todo_api.database import url as database_url
 
 PASSWORD = "h-u-s-h"
 
@@ -42,10 +43,10 @@ def test_every_form_of_a_url_that_libpq_takes_is_taken(url: str, monkeypatch: py
 )
 def test_a_url_that_libpq_does_not_understand_is_refused(rest: str) -> None:
     with pytest.raises(config.StartError, match="DATABASE_URL") as raised:
-        database_url.check("DATABASE_URL", f"postgresql://user:{PASSWORD}@{rest}")
+        database_url.check_url("DATABASE_URL", f"postgresql://user:{PASSWORD}@{rest}")
     assert PASSWORD not in str(raised.value)
 
 
 def test_a_url_whose_server_is_away_is_not_refused() -> None:
     url = "postgresql://user:p@127.0.0.1:1,localhost:2/name?sslmode=require&target_session_attrs=read-write"
-    database_url.check("DATABASE_URL", url)
+    database_url.check_url("DATABASE_URL", url)

@@ -22,12 +22,12 @@ from psycopg.rows import TupleRow
 from tests.support.databases import as_url, new_database
 from tests.support.environment import ROOT, environment
 from tests.support.processes import wait_until
-from todo_api import migrations, statements
 from todo_api.config import StartError
+from todo_api.database import UnavailableError, migrations, statements
 
 FIRST = "0001.create-tasks"
 ALL = sorted(path.stem for path in statements.MIGRATIONS.glob("[0-9]*[!k].sql"))
-APPLY = "import sys; from todo_api import migrations; sys.exit(str(migrations.apply(sys.argv[1])))"
+APPLY = "import sys; from todo_api.database import migrations; sys.exit(str(migrations.apply(sys.argv[1])))"
 # A new interpreter for each process that is killed would take most of the tests' time.
 _fork = multiprocessing.get_context("fork")
 
@@ -238,7 +238,7 @@ def test_a_table_that_is_already_there_is_named(database: str) -> None:
 
 
 def test_a_database_that_cannot_be_reached_is_no_start_error(tmp_path: Path) -> None:
-    with pytest.raises(psycopg.OperationalError):
+    with pytest.raises(UnavailableError):
         migrations.apply(f"host={tmp_path} dbname=todo")
 
 

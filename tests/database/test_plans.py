@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 
 from tests.support.databases import new_database
-from todo_api import migrations, statements
+from todo_api.database import migrations, statements
 
 TASKS = {name: statement for name, statement in statements.load().items() if name.startswith("tasks/")}
 PARAMETERS = {

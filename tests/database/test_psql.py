@@ -17,7 +17,7 @@ from tests.support.databases import new_database
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Create
 from tests.support.psql import NULL, PSQLS, comparable, rows_of, run_psql
-from todo_api import migrations, statements
+from todo_api.database import migrations, statements
 
 TASK_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/tasks/*.sql"))
 DATABASE_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/database/*.sql"))

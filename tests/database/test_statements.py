@@ -10,8 +10,8 @@ from psycopg.rows import TupleRow
 
 from tests.support.environment import ROOT, environment
 from tests.support.psql import PSQLS
-from todo_api import statements
-from todo_api.statements import Statement, StatementError, parse
+from todo_api.database import statements
+from todo_api.database.statements import Statement, StatementError, parse
 
 HOSTILE = "'; DROP TABLE tasks; --"
 
@@ -172,7 +172,7 @@ def test_two_statements_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n \n", "-- only a comment", "/* only a comment */", ";", "\\set a 1\n"])
 def test_no_statement_is_refused(text: str) -> None:
-    assert refusal(text) == "tasks/some.sql holds no statement"
+    assert refusal(text) == "tasks/some.sql has no statement"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_semicolon_in_a_string_or_a_comment_ends_nothing(text: str, connection
     ],
 )
 def test_what_psql_could_read_otherwise_is_refused(text: str) -> None:
-    assert "psql may read it as something else" in refusal(text)
+    assert "psql may read this differently" in refusal(text)
 
 
 @pytest.mark.parametrize("psql", PSQLS)
@@ -273,8 +273,8 @@ def test_rows_come_as_one_object_or_one_array(connection: psycopg.Connection[Tup
     statement = parse("tasks/some", "SELECT n FROM generate_series(1, :'n'::int) AS n ORDER BY n DESC -- last\n;")
     assert connection.execute(statement.row_json, {"n": 1}).fetchall() == [({"n": 1},)]
     assert connection.execute(statement.row_json, {"n": 0}).fetchall() == []
-    assert connection.execute(statement.rows_json, {"n": 2}).fetchall() == [([{"n": 2}, {"n": 1}], 2)]
-    assert connection.execute(statement.rows_json, {"n": 0}).fetchall() == [([], 0)]
+    assert connection.execute(statement.rows_json, {"n": 2}).fetchall() == [('[{"n":2},\n{"n":1}]', 2)]
+    assert connection.execute(statement.rows_json, {"n": 0}).fetchall() == [("[]", 0)]
 
 
 def test_every_file_of_the_project_loads_under_its_name() -> None:
@@ -296,7 +296,7 @@ def test_loading_stops_at_a_file_that_is_refused(tmp_path: Path) -> None:
 
 
 def test_loading_a_folder_without_sql_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StatementError, match=r"holds no \.sql file"):
+    with pytest.raises(StatementError, match=r"has no \.sql file"):
         statements.load(tmp_path)
-    with pytest.raises(StatementError, match=r"holds no \.sql file"):
+    with pytest.raises(StatementError, match=r"has no \.sql file"):
         statements.load(tmp_path / "missing")

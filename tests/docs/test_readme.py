@@ -15,8 +15,9 @@ import pytest
 from tests.support.environment import ROOT
 from tests.support.processes import free_port
 from tests.support.service import Service
-from todo_api import cluster, problems
+from todo_api.api import problems
 from todo_api.config import Settings
+from todo_api.embedded import cluster
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
@@ -65,7 +66,7 @@ def run(service: Service, project: Path, script: str) -> str:
     done = subprocess.run(
         ["sh", "-e", "-c", script.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")],
         cwd=project,
-        env={"PATH": f"{os.environ['PATH']}:{cluster.BIN}", "DATABASE_URL": database_url},
+        env={"PATH": f"{os.environ['PATH']}:{cluster.bin_folder()}", "DATABASE_URL": database_url},
         capture_output=True,
         text=True,
         check=False,

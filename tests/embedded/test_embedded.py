@@ -18,7 +18,7 @@ from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.processes import postmaster_in, servers_in, wait_until
 from tests.support.service import Service
-from todo_api import cluster
+from todo_api.embedded import cluster
 
 ODD_NAME = """it's "my" $(touch pwned); `x` é"""
 NOBODY = 65534
@@ -103,7 +103,7 @@ def stop_all(services: Iterable[Service]) -> list[int]:
 
 def psql_line(service: Service) -> str:
     """Find the line for psql that the service logs at its start; the last one, where it was started twice."""
-    lines: list[str] = re.findall(r"yours to look into: (.*)", service.log())
+    lines: list[str] = re.findall(r"to use PostgreSQL with psql: (.*)", service.log())
     return lines[-1]
 
 
@@ -349,7 +349,7 @@ def test_a_server_that_somebody_started_by_hand_is_used_and_its_socket_folder_ke
         sockets.chmod(0o777)
         as_owner = AS_USER if owner(data_dir / "postgres") != os.geteuid() else []
         by_hand = subprocess.Popen(
-            [*as_owner, cluster.BIN / "postgres", "-D", data_dir / "postgres", "-h", "", "-k", sockets],
+            [*as_owner, cluster.bin_folder() / "postgres", "-D", data_dir / "postgres", "-h", "", "-k", sockets],
             cwd="/",
             stderr=subprocess.DEVNULL,
         )
@@ -398,7 +398,7 @@ def test_the_server_is_not_root_and_nothing_around_its_folder_changes(tmp_path: 
     closed.mkdir(parents=True)
     for folder in (closed, closed.parent):
         folder.chmod(0o700)
-    around = [closed, *closed.parents, ROOT, cluster.BIN, *cluster.BIN.parents]
+    around = [closed, *closed.parents, ROOT, cluster.bin_folder(), *cluster.bin_folder().parents]
     before = [(path, owner(path), permissions(path)) for path in around]
 
     service = start(DATA_DIR=closed / "data").wait()

@@ -83,7 +83,7 @@ def first_success(load: Load, moment: float) -> float:
 
 def test_an_outage_is_two_lines_in_the_log(postgres: Postgres, service: Service) -> None:
     def lines() -> list[str]:
-        found = [line for line in service.log().splitlines() if "todo_api.outage" in line or "psycopg" in line]
+        found = [line for line in service.log().splitlines() if "todo_api.database.outage" in line or "psycopg" in line]
         return [line.partition("WARNING ")[2] for line in found]
 
     for number in range(2):
@@ -93,5 +93,7 @@ def test_an_outage_is_two_lines_in_the_log(postgres: Postgres, service: Service)
         postgres.start()
         wait_until(service.answers)
         [away, back] = lines()[2 * number :]
-        assert away.startswith("todo_api.outage: requests get a 503 until the database can be reached: connection ")
-        assert back == "todo_api.outage: the database can be reached again"
+        assert away.startswith(
+            "todo_api.database.outage: requests get a 503 until the database can be reached: connection "
+        )
+        assert back == "todo_api.database.outage: the database can be reached again"

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.environment import ROOT, environment
 from tests.support.processes import free_port
-from todo_api import config
+from todo_api import config, startup
 
 PASSWORD = "h-u-s-h"
 PROGRAMS = {
@@ -125,9 +125,8 @@ def test_a_wrong_value_is_named_in_one_line(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PGTZ", "UTC")  # so that it is undone, too
     with pytest.raises(SystemExit) as raised:
-        config.load()
+        startup.load_settings()
     errors = capsys.readouterr().err
     assert raised.value.code == 3
     assert errors.count("\n") == 1

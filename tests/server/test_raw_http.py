@@ -3,12 +3,13 @@
 import json
 import re
 import socket
-from typing import Any
+from typing import Any, BinaryIO
 
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
+from tests.support.fixtures import Start
 from tests.support.service import Service
 
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -116,3 +117,55 @@ def test_a_body_over_the_limit_is_413_on_every_call_and_the_answer_says_that_the
 def test_what_the_server_cannot_read_is_in_the_log_with_its_id(service: Service) -> None:
     _, headers, _ = send(service, b"NONSENSE\r\n\r\n")
     assert re.search(rf"400 .*NONSENSE.* {headers['X-Request-ID']}$", service.log(), re.MULTILINE)
+
+
+SMALL = b'{"title": "x"}'
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def chunked(body: bytes) -> bytes:
+    """Return a chunked body of one chunk."""
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
+def test_a_chunked_request_keeps_its_connection(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        for _ in range(3):
+            connection.sendall(POST + CHUNKED + chunked(SMALL))
+            answer = connection.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 201 ")
+            assert b"Connection: keep-alive\r\n" in answer
+
+
+@pytest.mark.parametrize("limit", [1024, 65_536, 100_000])
+@pytest.mark.parametrize(
+    "target", [b"POST /nope", b"PUT /api/tasks", b"POST /api/tasks/999/toggle", b"DELETE /healthz"]
+)
+def test_no_answer_says_keep_alive_on_a_connection_that_then_closes(
+    limit: int, target: bytes, database_url: str, start: Start
+) -> None:
+    service = start(DATABASE_URL=database_url, MAX_BODY_BYTES=limit).wait()
+    outcomes = set()
+    for size in (0, 1, limit - 1, limit, limit + 1, 65_535, 65_536, 65_537, 131_072, 900_000):
+        for framed in (b"Content-Length: %d\r\n\r\n" % size + b" " * size, CHUNKED + chunked(b" " * size)):
+            if size or not framed.startswith(CHUNKED):
+                outcomes.add((size > limit, outcome(service, target + b" HTTP/1.1\r\nHost: x\r\n" + framed)))
+    assert outcomes == {(False, "kept"), (True, "closed")}
+
+
+def outcome(service: Service, request: bytes) -> str:
+    """Send a request, and then another one if the answer keeps the connection. Return what became of the connection."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(request)
+        with connection.makefile("rb") as answers:
+            if b"Connection: close" in head_of(answers):
+                return "closed" if not answers.read() else "open in spite of its answer"
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            return "kept" if head_of(answers).startswith(b"HTTP/1.1 200 ") else "closed in spite of its answer"
+
+
+def head_of(answers: BinaryIO) -> bytes:
+    """Read an answer, and return its head."""
+    head = b"".join(iter(answers.readline, b"\r\n"))
+    answers.read(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
+    return head

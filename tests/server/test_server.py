@@ -213,7 +213,7 @@ app.wsgi_app = lambda environ, start: sys.exit() if environ["PATH_INFO"] == "/en
 
 def test_a_request_that_would_end_its_thread_costs_no_other(data_dir: Path, start: Start, tmp_path: Path) -> None:
     (tmp_path / "ending.py").write_text(ENDING)
-    command = [*GUNICORN, "-c", "python:todo_api.gunicorn_conf", "ending:app"]
+    command = [*GUNICORN, "-c", "python:todo_api.server.gunicorn_conf", "ending:app"]
     service = start(DATA_DIR=data_dir, command=command, PYTHONPATH=tmp_path, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
     for _ in range(3):
         with pytest.raises(httpx.RemoteProtocolError):

@@ -20,7 +20,7 @@ from tests.support.postgres import Postgres
 from tests.support.problems import assert_problem
 from tests.support.processes import free_port, wait_until
 from tests.support.service import Service
-from todo_api import migrations, statements
+from todo_api.database import migrations, statements
 
 PASSWORD = "h-u-s-h"
 APPLIED = sorted(path.stem for path in statements.MIGRATIONS.glob("[0-9]*[!k].sql"))
@@ -68,7 +68,7 @@ def assert_away(service: Service, reason: str, processes: int = 2) -> None:
         assert_unavailable(create(service.client))
     assert service.answers("/healthz")
     assert max(map(float, re.findall(r" 503 ([\d.]+)ms ", service.log()))) < 1000
-    assert said(service, "can't be reached yet: ") == 1  # by the master, before it has workers
+    assert said(service, "cannot be reached yet: ") == 1  # by the master, before it has workers
     assert 1 <= said(service, reason) <= processes, service.log()
     assert [line for line in service.log().splitlines() if not re.match(r"\d{4}-\d\d-\d\d ", line)] == []
     assert PASSWORD not in service.log()

@@ -6,7 +6,7 @@ from pathlib import Path
 import psycopg
 
 from tests.support.processes import wait_until
-from todo_api import cluster, socket_folder
+from todo_api.embedded import cluster, socket_folder
 
 TERMINATE = """
     SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity

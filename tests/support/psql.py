@@ -9,9 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from tests.support.environment import ROOT, environment
-from todo_api import cluster
+from todo_api.embedded import cluster
 
-PSQLS = sorted({str(cluster.BIN / "psql"), *filter(None, [shutil.which("psql")])})
+PSQLS = sorted({str(cluster.bin_folder() / "psql"), *filter(None, [shutil.which("psql")])})
 NULL = "(null)"
 
 

@@ -13,7 +13,7 @@ import psycopg
 
 from tests.support.postgres import Postgres
 from tests.support.processes import free_port, postmaster_in, servers_in, wait_until
-from todo_api import cluster, socket_folder
+from todo_api.embedded import cluster, socket_folder
 
 SETTINGS = """
 dynamic_shared_memory_type = mmap  # in the cluster's folder: a killed server's would stay in /dev/shm

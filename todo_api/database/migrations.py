@@ -1,0 +1,136 @@
+"""Applies sql/migrations with yoyo, safely from many processes at once.
+
+yoyo's own lock is a row, which a killed process leaves behind. And yoyo applies a migration and marks it as applied in
+two transactions: a process that is killed in between leaves a database that no later start can migrate. Here one
+transaction does everything, including the marks. It begins by taking an advisory lock, which ends with it. It needs one
+connection only, which may come from a pooler in transaction mode.
+"""
+
+import glob
+import hashlib
+import io
+import logging
+from contextlib import redirect_stdout
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+import psycopg
+from psycopg.rows import TupleRow
+from yoyo import internalmigrations, read_migrations
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.connections import DatabaseURI
+from yoyo.exceptions import BadMigration, MigrationConflict
+from yoyo.migrations import Migration, MigrationList, default_migration_table, topological_sort
+
+from todo_api.config import StartError
+from todo_api.database import statements
+from todo_api.database.connection import NETWORK
+from todo_api.database.errors import UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class _Backend(PostgresqlPsycopgBackend):
+    """yoyo's backend with psycopg's connection strings, and with one transaction for a migration and its mark."""
+
+    connection: psycopg.Connection[TupleRow]
+
+    def __init__(self, conninfo: str) -> None:
+        # yoyo's URL parser rejects some of libpq's forms, such as several hosts: so the string is passed whole.
+        uri = DatabaseURI("postgresql+psycopg", None, None, None, None, None, {"conninfo": conninfo})
+        super().__init__(uri, default_migration_table)
+
+    def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
+        """Connect with the network settings of the pool's connections."""
+        # Nothing is prepared: a pooler in transaction mode may use another connection for the next statement.
+        return psycopg.connect(dburi.args["conninfo"], autocommit=True, prepare_threshold=None, **NETWORK)
+
+    def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
+        """Apply a migration, mark it and log it, in the current transaction."""
+        log.info("applying migration %s", migration.id)
+        try:
+            # yoyo prints the rows of a SELECT, but standard output belongs to the command that runs.
+            with redirect_stdout(io.StringIO()):
+                migration.process_steps(self, "apply")
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            raise StartError(f"migration {migration.id} failed: {_first_line(error)}") from error
+        self.mark_one(migration, log=False)
+        # yoyo's own log_migration needs a passwd entry and a name server.
+        _run(self, "log_migration", migration_id=migration.id, checksum=_checksum(migration), hostname=gethostname())
+
+
+def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
+    """Apply the migrations that are not applied yet, and return their names.
+
+    Raises:
+        StartError: the folder has no migrations, one is invalid or fails, or the database has other migrations.
+        UnavailableError: the database cannot be reached.
+
+    """
+    migrations = _read(folder)
+    try:
+        with _Backend(conninfo) as backend, backend.transaction():
+            _check_encoding(backend.connection)
+            _run(backend, "migration_isolation")
+            _run(backend, "migration_lock")
+            internalmigrations.upgrade(backend)
+            _check_applied(dict(_run(backend, "applied_migrations").fetchall()), migrations)
+            missing = backend.to_apply(migrations)
+            for migration in missing:
+                backend.apply_one(migration)
+            return [migration.id for migration in missing]
+    except psycopg.OperationalError as error:
+        raise UnavailableError(str(error)) from error
+    except psycopg.Error as error:
+        raise StartError(f"the migrations cannot be applied: {_first_line(error)}") from error
+
+
+def _first_line(error: psycopg.Error) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise StartError(f"the database's encoding is {encoding}; it must be UTF8, so that it can hold any text")
+
+
+def _read(folder: Path) -> MigrationList:
+    try:
+        migrations = read_migrations(glob.escape(str(folder)))
+        for migration in migrations:
+            migration.load()
+        migrations = migrations.replace(topological_sort(migrations))
+    except (OSError, LookupError, ValueError, BadMigration, MigrationConflict) as error:
+        raise StartError(f"the migrations in {folder} are invalid: {error}") from error
+    if not migrations:
+        raise StartError(f"there are no migrations in {folder}")
+    for migration in migrations:
+        if not migration.use_transactions:
+            raise StartError(
+                f"migration {migration.id} is not transactional: a start that is killed would leave half of it"
+            )
+    return migrations
+
+
+def _check_applied(applied: dict[str, str | None], migrations: MigrationList) -> None:
+    known = {migration.id: _checksum(migration) for migration in migrations}
+    for name, checksum in applied.items():
+        if name not in known:
+            raise StartError(f"the database is ahead of this code: it has migration {name}, which sql/migrations lacks")
+        if checksum not in {None, known[name]}:
+            raise StartError(
+                f"sql/migrations/{name}.sql was edited after it was applied; "
+                "restore it, and make the change in a new file"
+            )
+
+
+def _checksum(migration: Migration) -> str:
+    return hashlib.sha256(Path(migration.path).read_text(encoding="utf-8").encode()).hexdigest()
+
+
+def _run(backend: _Backend, name: str, **parameters: str) -> psycopg.Cursor[TupleRow]:
+    return backend.connection.execute(statements.load()[f"database/{name}"].rows, parameters)

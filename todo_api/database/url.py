@@ -1,0 +1,51 @@
+"""Connection strings, in every form that libpq accepts."""
+
+from functools import cache
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo
+
+from todo_api.config import StartError
+
+_NOWHERE = "/nowhere"  # a socket folder in which no server listens
+
+
+@cache
+def check_url(setting: str, url: str) -> None:
+    """Check that libpq understands a URL, without connecting to its server.
+
+    Raises:
+        StartError: it does not; the message names the setting and has libpq's reason.
+
+    """
+    try:
+        # libpq checks some values only when it connects.
+        given = conninfo_to_dict(url)
+        hosts = str(given.get("host", "")).split(",")
+        for host in hosts if "hostaddr" not in given else []:
+            if not host.startswith("/"):
+                host.encode("idna")  # as Python does before it resolves the name
+        psycopg.connect(make_conninfo(url, host=",".join([_NOWHERE] * len(hosts)), hostaddr=""))
+    except UnicodeError as error:
+        raise StartError(f"{setting}: {host!r} is not a valid host name") from error
+    except psycopg.Error as error:
+        if _NOWHERE not in str(error):
+            raise StartError(f"{setting}: {error}") from error
+
+
+def with_options(conninfo: str, options: str) -> str:
+    """Return a connection string with more command-line options for the server than it has."""
+    given = str(conninfo_to_dict(conninfo).get("options", ""))
+    return make_conninfo(conninfo, options=f"{given} {options}".strip())
+
+
+def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
+    """Split a connection string into libpq's environment variables, and a string of what has no variable.
+
+    Other users of the machine can read a command's arguments, but not its environment.
+    """
+    names = {option.keyword.decode(): option.envvar for option in Conninfo.get_defaults() if option.envvar}
+    parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    variables = {names[name].decode(): value for name, value in parts.items() if name in names}
+    return variables, make_conninfo("", **{name: value for name, value in parts.items() if name not in names})

@@ -1,0 +1,42 @@
+"""The parts of gunicorn that this package overrides without being invited to, and the check that they are the same.
+
+gunicorn documents its settings and hooks, but not the insides of its worker. With another gunicorn than the tested one,
+the service uses gunicorn's own worker, which survives less but works.
+"""
+
+import importlib
+from functools import cache
+
+import gunicorn
+
+VERSION = "27.0.1"
+_GTHREAD = "gunicorn.workers.gthread:ThreadWorker"
+_RESPONSE = "gunicorn.http.wsgi:Response"
+OVERRIDDEN = {
+    _GTHREAD: {
+        *("__init__", "init_process", "run", "accept", "enqueue_req", "handle", "finish_request", "murder_pending"),
+        "_cap_keepalive",
+    },
+    _RESPONSE: {"start_response", "write", "default_headers"},
+    "gunicorn.http.wsgi": {"Response"},
+    "gunicorn.http.body:Body": {"read"},
+    "gunicorn.util": {"write_error", "write_nonblock"},
+}
+
+
+@cache
+def difference() -> str | None:
+    """Return how the installed gunicorn differs from the tested one, or None if it does not."""
+    if gunicorn.__version__ != VERSION:
+        return f"gunicorn is {gunicorn.__version__}, and was tested as {VERSION}"
+    for place, names in OVERRIDDEN.items():
+        module, _, attribute = place.partition(":")
+        try:
+            found = importlib.import_module(module)
+            found = getattr(found, attribute) if attribute else found
+        except (ImportError, AttributeError):
+            return f"gunicorn has no {place}"
+        for name in sorted(names):
+            if not hasattr(found, name):
+                return f"gunicorn has no {name} in {place}"
+    return None
