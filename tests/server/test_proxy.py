@@ -1,4 +1,4 @@
-"""Behind nginx, set up as the README shows it: TLS, slow clients, nginx's own errors, and what passes unharmed."""
+"""Behind nginx with .deploy/nginx.conf: TLS, slow clients, nginx's own errors, and what passes unharmed."""
 
 import re
 import signal
@@ -30,28 +30,28 @@ GET = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 TASK_1 = "INSERT INTO tasks (id, user_id, title, version) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'é%/+ x', 7)"
 SELF_SIGNED = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x -addext"
-# What a distribution's nginx.conf puts around the example, here in the test's folder, which only its owner may enter.
+# What a distribution's nginx.conf puts around the file, here in the test's folder, which only its owner may enter.
 AROUND = """user root; pid pid; events {{}}
 http {{
     access_log off; client_body_temp_path body; proxy_temp_path proxy;
     fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
-    {more} {example}
+    {more} {file}
 }}"""
 
 
 def front(start: Start, folder: Path, behind: Service, more: str = "") -> Service:
-    """Start nginx with the README's example and ``more`` configuration in front of a service."""
+    """Start nginx with .deploy/nginx.conf and ``more`` configuration in front of a service."""
     certificate, key, port = folder / "certificate", folder / "key", free_port()
-    [example] = re.findall(r"```nginx\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    for shown, ours in (
+    file = (ROOT / ".deploy" / "nginx.conf").read_text(encoding="utf-8")
+    for theirs, ours in (
         ("/etc/ssl/certs/tasks.example.com.pem", certificate.name),
         ("/etc/ssl/private/tasks.example.com.key", key.name),
         ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl sndbuf=32k"),  # the kernel's part, as small as on a slow way
         ("127.0.0.1:8000", f"127.0.0.1:{behind.port}"),
     ):
-        assert example.count(shown) == 1, shown
-        example = example.replace(shown, ours)
-    (folder / "nginx.conf").write_text(AROUND.format(more=more, example=example), encoding="utf-8")
+        assert file.count(theirs) == 1, theirs
+        file = file.replace(theirs, ours)
+    (folder / "nginx.conf").write_text(AROUND.format(more=more, file=file), encoding="utf-8")
     made = [*SELF_SIGNED.split(), "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([program("openssl"), *made], check=True, capture_output=True)
     command = [program("nginx"), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]

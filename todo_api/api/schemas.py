@@ -68,7 +68,7 @@ class TaskChanges(Schema):
 
         unknown = RAISE
 
-    error_messages = {"unknown": "Unknown field; the fields are title, description and completed"}
+    error_messages = {"unknown": "Unknown field (the fields are title, description and completed)"}
 
     title = _title(required=False)
     description = fields.String(
