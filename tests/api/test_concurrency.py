@@ -1,15 +1,11 @@
 """What races in SQL is decided by SQL: nothing is lost, however many act at once."""
 
 from collections import Counter
-from pathlib import Path
 
 import httpx
 import psycopg
-import pytest
 from psycopg.rows import TupleRow
-from psycopg.sql import SQL, Identifier
 
-from tests.support.databases import as_url, new_database
 from tests.support.fixtures import Create
 from tests.support.load import at_once
 from tests.support.service import Service
@@ -55,17 +51,3 @@ def test_of_50_deletes_at_once_one_gets_the_task(service: Service, create: Creat
     path = f"/api/tasks/{create()['id']}"
     responses = at_once(service, 50, lambda client, _: client.delete(path))
     assert Counter(response.status_code for response in responses) == {200: 1, 404: 49}
-
-
-@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
-def test_toggles_all_count_where_the_database_isolates_more(conninfo: str, tmp_path: Path, isolation: str) -> None:
-    with new_database(conninfo) as database:
-        with psycopg.connect(database, autocommit=True) as db:
-            set_default = SQL("ALTER DATABASE {} SET default_transaction_isolation = {}")
-            db.execute(set_default.format(Identifier(db.info.dbname), isolation))
-        service = Service(tmp_path / "log", DATABASE_URL=as_url(database)).wait()
-        path = f"/api/tasks/{service.client.post('/api/tasks', json={'title': 'x'}).json()['id']}"
-        responses = at_once(service, 51, lambda client, _: client.post(f"{path}/toggle"))
-        assert Counter(response.status_code for response in responses) == {200: 51}
-        assert service.client.get(path).json()["version"] == 52
-        assert service.stop() == 0

@@ -1,14 +1,12 @@
 """Every failure is one problem shape with the headers that belong to it."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import quote
 
 import httpx
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
+from tests.support.databases import as_url, new_database
 from tests.support.problems import assert_problem
 from tests.support.processes import free_port, wait_until
 from tests.support.service import Service
@@ -52,16 +50,15 @@ def test_no_such_task_says_so(client: httpx.Client) -> None:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def broken(tmp_path_factory: pytest.TempPathFactory, conninfo: str) -> Iterator[Service]:
     """Run a service whose table lost a column, so that its statements meet a bug."""
-    data_dir = tmp_path_factory.mktemp("broken")
-    service = Service(data_dir / "log", DATA_DIR=data_dir / "data").wait()
-    with psycopg.connect(
-        make_conninfo("", host=str(data_dir / "data" / "postgres"), port=5432, user="todo", dbname="todo")
-    ) as db:
-        db.execute("ALTER TABLE tasks RENAME COLUMN completed TO done")
-    yield service
-    assert service.stop() == 0
+    with new_database(conninfo) as database:
+        log = tmp_path_factory.mktemp("broken") / "log"
+        service = Service(log, DATABASE_URL=as_url(database), WEB_CONCURRENCY=1).wait()
+        with psycopg.connect(database) as db:
+            db.execute("ALTER TABLE tasks RENAME COLUMN completed TO done")
+        yield service
+        assert service.stop() == 0
 
 
 def test_a_bug_is_500_with_its_traceback_in_the_log_and_nothing_of_it_in_the_answer(broken: Service) -> None:
@@ -117,18 +114,6 @@ def test_neither_the_log_nor_an_answer_shows_the_password(cut_off: Service) -> N
     assert "cannot be reached" in log
     assert "secret" not in log
     assert "Traceback" not in log
-
-
-def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: Path) -> None:
-    data_dir = tmp_path.resolve() / "data"
-    url = f"postgresql://todo@/todo?port=5432&host={quote(str(data_dir / 'postgres'), safe='')}"
-    early = Service(tmp_path / "early", DATABASE_URL=url)
-    wait_until(lambda: early.answers("/healthz"))
-    assert_problem(early.client.get("/readyz"), 503, "database_unavailable")
-    owner = Service(tmp_path / "owner", DATA_DIR=data_dir).wait()
-    early.wait()
-    assert early.client.get("/api/tasks").json() == []
-    assert [early.stop(), owner.stop()] == [0, 0]
 
 
 def test_connections_that_the_server_ended_cost_no_request(service: Service, conninfo: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from shutil import copytree
+from urllib.parse import quote
 
 import httpx
 import psycopg
@@ -142,6 +143,18 @@ def test_a_server_that_never_answers_delays_the_start_by_seconds_only(
         figure(f"/healthz answers, beside a server that does not, backlog {backlog}", f"{delay:.1f} s")
         assert delay < 8  # libpq waits 2 s at least: once, not once for each process and each worker
         assert_away(service, "connection timeout expired", 3)
+
+
+def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: Path) -> None:
+    data_dir = tmp_path.resolve() / "data"
+    url = f"postgresql://todo@/todo?port=5432&host={quote(str(data_dir / 'postgres'), safe='')}"
+    early = Service(tmp_path / "early", DATABASE_URL=url)
+    wait_until(lambda: early.answers("/healthz"))
+    assert_problem(early.client.get("/readyz"), 503, "database_unavailable")
+    owner = Service(tmp_path / "owner", DATA_DIR=data_dir).wait()
+    early.wait()
+    assert early.client.get("/api/tasks").json() == []
+    assert [early.stop(), owner.stop()] == [0, 0]
 
 
 # ---- the database is of another age
