@@ -1,5 +1,5 @@
--- Lists the migrations that are applied, oldest first, each with the checksum of the file that it came from (null where
--- yoyo's own command line applied it).
+-- Lists the applied migrations, oldest first, each with the checksum of its file.
+-- The checksum is null if yoyo's own command applied the migration.
 --
 -- psql -X -v ON_ERROR_STOP=1 -f sql/database/applied_migrations.sql "$DATABASE_URL"
 SELECT

@@ -1,8 +1,8 @@
--- Writes into yoyo's log that a migration was applied, with the checksum of its file.
+-- Records in yoyo's log that a migration was applied, with the checksum of its file.
 --
--- migration_id  text  the file's name without .sql
--- checksum      text  sha256 of its text
--- hostname      text  where it was applied from
+-- migration_id  text  the name of the file without .sql
+-- checksum      text  the SHA-256 of the file's text
+-- hostname      text  the host that applied it
 --
 -- psql -X -v ON_ERROR_STOP=1 -v migration_id=0001.create-tasks -v checksum=… -v hostname=… \
 --     -f sql/database/log_migration.sql "$DATABASE_URL"

@@ -1,5 +1,6 @@
--- Lets the statements that follow the wait for the lock see what others committed meanwhile, also where the database's
--- default is a stricter level, with which they would see the time before the wait.
+-- Sets the isolation level READ COMMITTED for the transaction that applies the migrations.
+-- The default of the database may be stricter. Then the statements after the wait for the lock would not see what other
+-- transactions committed during the wait.
 --
 -- psql -X -v ON_ERROR_STOP=1 -f sql/database/migration_isolation.sql "$DATABASE_URL"
 SET LOCAL transaction_isolation = 'read committed';

@@ -1,4 +1,4 @@
--- Answers the time limit of the session's statements, which shows whether the server took what it was asked for.
+-- Returns the statement timeout of the session, which shows whether the server accepted the session's settings.
 --
 -- psql -X -v ON_ERROR_STOP=1 -f sql/database/session.sql "$DATABASE_URL"
 SELECT current_setting('statement_timeout') AS statement_timeout;

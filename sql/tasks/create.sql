@@ -1,7 +1,7 @@
--- Creates a task and shows it.
+-- Creates a task and returns it.
 --
 -- task     jsonb  {"title": string, "description": string or null, "completed": boolean}; only the title is required
--- user_id  text   whose task (psql: local)
+-- user_id  text   the owner of the task (default in psql: local)
 --
 -- psql -X -v ON_ERROR_STOP=1 -v task='{"title": "Buy milk"}' -f sql/tasks/create.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif

@@ -1,10 +1,10 @@
--- Creates a task unless this key did so before, and shows the task as it was when it was created: a request that is
--- sent again gets the first answer again, whatever became of the task. No row where the key came with another task.
--- A key is kept for 24 hours at least; each call clears a few that are older.
+-- Creates a task, unless its idempotency key was used before, and returns the task as it was created.
+-- A retry returns this task again, even if it was changed or deleted in between. There is no row if the key was used
+-- with another task. A key is kept for at least 24 hours; each call deletes a few older keys.
 --
 -- task             jsonb  as in create.sql
--- idempotency_key  text   the client's name for this request, 1 to 255 characters
--- user_id          text   whose task, and whose key (psql: local)
+-- idempotency_key  text   the key that the client chose for this request, 1 to 255 characters
+-- user_id          text   the owner of the task and of the key (default in psql: local)
 --
 -- psql -X -v ON_ERROR_STOP=1 -v idempotency_key=1 -v task='{"title": "a"}' -f sql/tasks/create_once.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
@@ -28,7 +28,7 @@ expired AS (
             FROM idempotency_keys AS old
             WHERE
                 old.created_at < now() - interval '24 hours'
-                -- A row can't be deleted here and kept below.
+                -- One statement cannot delete a row here and update it below.
                 AND (old.user_id, old.key) <> (:'user_id'::text, :'idempotency_key'::text)
             ORDER BY old.created_at
             LIMIT 10
@@ -36,8 +36,9 @@ expired AS (
         )
 ),
 
--- The first request's row, whoever comes first: a second one waits here until the first is done, and finds it. The
--- update changes nothing; without it, PostgreSQL would not show a row that was committed while this statement waited.
+-- The row of the first request with this key. A concurrent second request waits here until the first one has ended,
+-- and then finds its row. The update changes nothing. Without it, PostgreSQL would not return a row that was committed
+-- while this statement waited.
 kept AS (
     INSERT INTO idempotency_keys AS known (user_id, key, task, task_id, created_at)
     SELECT

@@ -1,8 +1,9 @@
--- Deletes a task and shows it as it last was; no row where the user has no such task.
+-- Deletes a task and returns it as it was before.
+-- There is no row if the user has no such task at one of the versions in if_match.
 --
--- task_id   bigint    which task
--- user_id   text      whose task (psql: local)
--- if_match  bigint[]  only if the task is at one of these versions; '{}' for any (psql: '{}')
+-- task_id   bigint    the id of the task
+-- user_id   text      the owner of the task (default in psql: local)
+-- if_match  bigint[]  the versions at which the task may be deleted; '{}' for any (default in psql: '{}')
 --
 -- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -f sql/tasks/delete.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif

@@ -1,7 +1,7 @@
--- Shows one task; no row where the user has no such task.
+-- Returns one task. There is no row if the user has no such task.
 --
--- task_id  bigint  which task
--- user_id  text    whose task (psql: local)
+-- task_id  bigint  the id of the task
+-- user_id  text    the owner of the task (default in psql: local)
 --
 -- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -f sql/tasks/get.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif

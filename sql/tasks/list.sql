@@ -1,11 +1,11 @@
--- Lists a user's tasks, newest first: all, or those that the filters let through, a page at a time.
+-- Lists the tasks of a user that match the filters, newest first, a page at a time.
 --
--- user_id    text     whose tasks (psql: local)
--- limit      integer  how many at most, 1 to 10000 (psql: 50)
--- completed  text     true or false: only such tasks; '' for both (psql: '')
--- q          text     only tasks with this in the title or the description, in capitals or not; '' for all (psql: '')
--- after      text     where the page before ended: its last task's created_at, in microseconds since 1970, and id, with
---                     _ between (psql: the year 10000); that task may be gone by now
+-- user_id    text     the owner of the tasks (default in psql: local)
+-- limit      integer  the largest number of tasks (default in psql: 50)
+-- completed  text     true or false; '' for both (default in psql: '')
+-- q          text     a substring of the title or the description, case-insensitive; '' for all (default in psql: '')
+-- after      text     the end of the page before: created_at of its last task, in microseconds since 1970, and the id
+--                     of that task, with _ between them (default in psql: the year 10000); the task may be deleted
 --
 -- psql -X -v ON_ERROR_STOP=1 -v completed=false -v q=milk -v limit=5 -f sql/tasks/list.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
@@ -25,16 +25,17 @@ SELECT
 FROM tasks
 WHERE
     user_id = :'user_id'::text
-    -- One comparison of two rows, which the index answers: a page costs the same wherever it begins.
+    -- One comparison of two rows, which the index supports: a page costs the same, however far down the list it starts.
     AND (created_at, id) < (
-        -- In two parts, since PostgreSQL multiplies as double precision: microseconds alone are inexact from 2255 on.
+        -- Seconds and microseconds separately, because PostgreSQL multiplies intervals as double precision:
+        -- microseconds alone are inexact from the year 2255 on.
         'epoch'::timestamptz
         + split_part(:'after'::text, '_', 1)::bigint / 1000000 * interval '1 second'
         + split_part(:'after'::text, '_', 1)::bigint % 1000000 * interval '1 microsecond',
         split_part(:'after'::text, '_', 2)::bigint
     )
     AND (:'completed'::text = '' OR completed = nullif(:'completed'::text, '')::boolean)
-    -- Not ILIKE, in which % and _ would mean more than themselves.
+    -- Not ILIKE, because % and _ are wildcards there.
     AND (
         :'q'::text = ''
         OR strpos(lower(title), lower(:'q'::text)) > 0

@@ -1,8 +1,9 @@
--- Flips a task's completed and shows the task; no row where the user has no such task.
+-- Flips completed of a task and returns the task.
+-- There is no row if the user has no such task at one of the versions in if_match.
 --
--- task_id   bigint    which task
--- user_id   text      whose task (psql: local)
--- if_match  bigint[]  only if the task is at one of these versions; '{}' for any (psql: '{}')
+-- task_id   bigint    the id of the task
+-- user_id   text      the owner of the task (default in psql: local)
+-- if_match  bigint[]  the versions at which the task may be changed; '{}' for any (default in psql: '{}')
 --
 -- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -f sql/tasks/toggle.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
@@ -11,7 +12,7 @@ UPDATE tasks
 SET
     completed = NOT completed,
     version = version + 1,
-    -- The clock may stand still or go back; updated_at must not.
+    -- The clock may stand still or go back, but updated_at must increase.
     updated_at = greatest(now(), updated_at + interval '1 microsecond')
 WHERE
     id = :'task_id'::bigint

@@ -1,10 +1,11 @@
--- Changes the members of a task that are given (JSON Merge Patch, RFC 7396) and shows it; no row where the user has
--- no such task. Changes that leave the task as it is leave version and updated_at as they are.
+-- Changes the given fields of a task (JSON Merge Patch, RFC 7396) and returns the task.
+-- There is no row if the user has no such task at one of the versions in if_match. If no value changes, version and
+-- updated_at stay the same.
 --
--- task_id   bigint    which task
+-- task_id   bigint    the id of the task
 -- changes   jsonb     any of {"title": string, "description": string or null, "completed": boolean}
--- user_id   text      whose task (psql: local)
--- if_match  bigint[]  only if the task is at one of these versions; '{}' for any (psql: '{}')
+-- user_id   text      the owner of the task (default in psql: local)
+-- if_match  bigint[]  the versions at which the task may be changed; '{}' for any (default in psql: '{}')
 --
 -- psql -X -v ON_ERROR_STOP=1 -v task_id=1 -v changes='{"completed": true}' -f sql/tasks/update.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
@@ -42,7 +43,7 @@ SET
             compared.completed,
             CASE WHEN compared.differs THEN tasks.version + 1 ELSE tasks.version END AS version,
             CASE
-                -- The clock may stand still or go back; updated_at must not.
+                -- The clock may stand still or go back, but updated_at must increase.
                 WHEN compared.differs THEN greatest(now(), tasks.updated_at + interval '1 microsecond')
                 ELSE tasks.updated_at
             END AS updated_at
