@@ -1,1 +1,1 @@
-"""The behaviour of the calls over HTTP, through one running service."""
+"""The API over HTTP, tested with one running service."""

@@ -1,4 +1,4 @@
-"""What races in SQL is decided by SQL: nothing is lost, however many act at once."""
+"""Concurrent calls: each one counts, and none undoes another."""
 
 from collections import Counter
 
@@ -11,20 +11,20 @@ from tests.support.load import at_once
 from tests.support.service import Service
 
 
-def test_101_toggles_at_once_all_count(service: Service, client: httpx.Client, create: Create) -> None:
+def test_toggle_counts_every_concurrent_call(service: Service, client: httpx.Client, create: Create) -> None:
     path = f"/api/tasks/{create()['id']}"
     responses = at_once(service, 101, lambda client, _: client.post(f"{path}/toggle"))
     assert Counter(response.status_code for response in responses) == {200: 101}
     task = client.get(path).json()
     assert (task["completed"], task["version"]) == (True, 102)
-    by_version = sorted((response.json() for response in responses), key=lambda task: int(task["version"]))
-    assert [task["version"] for task in by_version] == list(range(2, 103))
-    assert [task["completed"] for task in by_version] == [True, False] * 50 + [True]
-    times = [task["updated_at"] for task in by_version]
-    assert times == sorted(set(times))
+    tasks_by_version = sorted((response.json() for response in responses), key=lambda task: int(task["version"]))
+    assert [task["version"] for task in tasks_by_version] == list(range(2, 103))
+    assert [task["completed"] for task in tasks_by_version] == [True, False] * 50 + [True]
+    update_times = [task["updated_at"] for task in tasks_by_version]
+    assert update_times == sorted(set(update_times))
 
 
-def test_100_creates_at_once_make_100_tasks(
+def test_every_concurrent_create_creates_one_task(
     service: Service, client: httpx.Client, db: psycopg.Connection[TupleRow]
 ) -> None:
     responses = at_once(service, 100, lambda client, n: client.post("/api/tasks", json={"title": f"task {n}"}))
@@ -35,7 +35,7 @@ def test_100_creates_at_once_make_100_tasks(
     assert db.execute("SELECT count(*) FROM tasks").fetchone() == (100,)
 
 
-def test_patches_of_different_members_at_once_do_not_undo_one_another(
+def test_concurrent_patches_of_different_fields_keep_all_changes(
     service: Service, client: httpx.Client, create: Create
 ) -> None:
     path = f"/api/tasks/{create()['id']}"
@@ -44,10 +44,10 @@ def test_patches_of_different_members_at_once_do_not_undo_one_another(
     assert Counter(response.status_code for response in responses) == {200: 60}
     task = client.get(path).json()
     assert (task["title"], task["description"], task["completed"]) == ("changed", "changed", True)
-    assert task["version"] == 4  # three changes; the other patches found their member as they wanted it
+    assert task["version"] == 4  # three patches changed a value; the others changed nothing
 
 
-def test_of_50_deletes_at_once_one_gets_the_task(service: Service, create: Create) -> None:
+def test_only_one_of_many_concurrent_deletes_returns_the_task(service: Service, create: Create) -> None:
     path = f"/api/tasks/{create()['id']}"
     responses = at_once(service, 50, lambda client, _: client.delete(path))
     assert Counter(response.status_code for response in responses) == {200: 1, 404: 49}

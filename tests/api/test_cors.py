@@ -1,4 +1,4 @@
-"""Pages of other origins: none may call the API until CORS_ORIGINS names theirs."""
+"""CORS: pages of other origins may call the API only if CORS_ORIGINS lists their origin."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,8 @@ import pytest
 from tests.support.service import Service
 
 ORIGIN = "https://app.example"
-SECOND = "http://localhost:3000"
-OTHERS = [
+SECOND_ORIGIN = "http://localhost:3000"
+OTHER_ORIGINS = [
     "https://other.example",
     "http://app.example",
     "https://app.example:8443",
@@ -18,8 +18,8 @@ OTHERS = [
     "https://appxexample",
     "null",
 ]
-EXPOSED = {"ETag", "Link", "Location", "Retry-After", "X-Request-ID"}
-HEADERS = ["Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID"]
+EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "X-Request-ID"}
+REQUEST_HEADERS = ["Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID"]
 METHODS = {
     "/api/tasks": ["GET", "POST"],
     "/api/tasks/1": ["GET", "PATCH", "DELETE"],
@@ -29,65 +29,76 @@ CALLS = [(path, method) for path, methods in METHODS.items() for method in metho
 
 
 @pytest.fixture(scope="module")
-def shared(service: Service, tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[httpx.Client]:
-    """Give a client of a service that two origins may use."""
+def cors_client(
+    service: Service, tmp_path_factory: pytest.TempPathFactory, database_url: str
+) -> Iterator[httpx.Client]:
+    """Run a service that allows two origins, and return its client."""
     assert service
     log = tmp_path_factory.mktemp("cors") / "log"
-    running = Service(log, DATABASE_URL=database_url, WEB_CONCURRENCY=1, CORS_ORIGINS=f"{ORIGIN}, {SECOND}").wait()
+    running = Service(
+        log, DATABASE_URL=database_url, WEB_CONCURRENCY=1, CORS_ORIGINS=f"{ORIGIN}, {SECOND_ORIGIN}"
+    ).wait()
     yield running.client
     assert running.stop() == 0
 
 
-def access(response: httpx.Response) -> dict[str, str]:
-    """Give the headers of an answer that open it to other origins."""
+def cors_headers(response: httpx.Response) -> dict[str, str]:
+    """Return the headers of a response that give other origins access to it."""
     return {name: value for name, value in response.headers.items() if name.startswith("access-control-")}
 
 
-def names(header: str) -> set[str]:
-    """Split a list of names."""
+def lower_case_names(header: str) -> set[str]:
+    """Return the names that a header lists, in lower case."""
     return {name.strip().lower() for name in header.split(",")}
 
 
 def preflight(client: httpx.Client, path: str, method: str, header: str, origin: str = ORIGIN) -> httpx.Response:
-    """Ask as a browser does before it makes a call."""
-    asked = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": header}
-    return client.options(path, headers=asked)
+    """Send the request that a browser sends before a call, and return the response."""
+    headers = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": header}
+    return client.options(path, headers=headers)
 
 
 @pytest.mark.parametrize(("path", "method"), CALLS)
-def test_no_other_origin_is_let_in_unless_it_is_configured(client: httpx.Client, path: str, method: str) -> None:
-    answers = [
+def test_no_other_origin_is_allowed_by_default(client: httpx.Client, path: str, method: str) -> None:
+    responses = [
         client.request(method, path, headers={"Origin": ORIGIN}),
         preflight(client, path, method, "content-type"),
     ]
-    assert [access(answer) for answer in answers] == [{}, {}]
+    assert [cors_headers(response) for response in responses] == [{}, {}]
 
 
-@pytest.mark.parametrize("origin", [ORIGIN, SECOND])
+@pytest.mark.parametrize("origin", [ORIGIN, SECOND_ORIGIN])
 @pytest.mark.parametrize(("path", "method"), CALLS)
-def test_each_call_with_each_header_is_let_in(shared: httpx.Client, path: str, method: str, origin: str) -> None:
-    for header in [*HEADERS, ", ".join(sorted(map(str.lower, HEADERS)))]:
-        answer = preflight(shared, path, method, header, origin)
-        assert answer.status_code == 200
-        allowed = access(answer)
+def test_a_preflight_request_allows_every_call_and_header(
+    cors_client: httpx.Client, path: str, method: str, origin: str
+) -> None:
+    for header in [*REQUEST_HEADERS, ", ".join(sorted(map(str.lower, REQUEST_HEADERS)))]:
+        response = preflight(cors_client, path, method, header, origin)
+        assert response.status_code == 200
+        allowed = cors_headers(response)
         assert allowed["access-control-allow-origin"] == origin
         assert method in allowed["access-control-allow-methods"].split(", ")
-        assert names(header) <= names(allowed["access-control-allow-headers"])
+        assert lower_case_names(header) <= lower_case_names(allowed["access-control-allow-headers"])
         assert int(allowed["access-control-max-age"]) > 0
         assert "access-control-allow-credentials" not in allowed
-        assert "Origin" in answer.headers["Vary"]
+        assert "Origin" in response.headers["Vary"]
 
 
-def test_every_answer_is_open_to_the_origin_with_its_headers(shared: httpx.Client) -> None:
+def test_every_response_allows_the_origin_to_read_its_headers(cors_client: httpx.Client) -> None:
     def call(method: str, path: str, **headers: str) -> httpx.Response:
         sent = {"Origin": ORIGIN} | {name.replace("_", "-"): value for name, value in headers.items()}
-        return shared.request(method, path, headers=sent, json={"title": "x"} if method in {"POST", "PATCH"} else None)
+        return cors_client.request(
+            method, path, headers=sent, json={"title": "x"} if method in {"POST", "PATCH"} else None
+        )
 
     created = call("POST", "/api/tasks", Idempotency_Key="cors")
     path = created.headers["Location"]
-    answers = [
+    responses = [
         (201, created),
-        (422, shared.post("/api/tasks", json={"title": "y"}, headers={"Origin": ORIGIN, "Idempotency-Key": "cors"})),
+        (
+            422,
+            cors_client.post("/api/tasks", json={"title": "y"}, headers={"Origin": ORIGIN, "Idempotency-Key": "cors"}),
+        ),
         (200, call("GET", "/api/tasks?limit=1")),
         (200, call("GET", path)),
         (304, call("GET", path, If_None_Match=created.headers["ETag"])),
@@ -99,33 +110,35 @@ def test_every_answer_is_open_to_the_origin_with_its_headers(shared: httpx.Clien
         (404, call("GET", "/api/nothing")),
         (405, call("PUT", "/api/tasks")),
         (400, call("GET", "/api/tasks?limit=0")),
-        (413, shared.post("/api/tasks", content=b" " * 70_000, headers={"Origin": ORIGIN})),
-        (415, shared.post("/api/tasks", content=b"x", headers={"Origin": ORIGIN})),
+        (413, cors_client.post("/api/tasks", content=b" " * 70_000, headers={"Origin": ORIGIN})),
+        (415, cors_client.post("/api/tasks", content=b"x", headers={"Origin": ORIGIN})),
     ]
-    for status, answer in answers:
-        assert answer.status_code == status
-        allowed = access(answer)
+    for status, response in responses:
+        assert response.status_code == status
+        allowed = cors_headers(response)
         assert allowed["access-control-allow-origin"] == ORIGIN
-        assert names(allowed["access-control-expose-headers"]) == set(map(str.lower, EXPOSED))
+        assert lower_case_names(allowed["access-control-expose-headers"]) == set(map(str.lower, EXPOSED_HEADERS))
         assert "access-control-allow-credentials" not in allowed
-        assert "Origin" in answer.headers["Vary"]
+        assert "Origin" in response.headers["Vary"]
 
 
-@pytest.mark.parametrize("origin", OTHERS)
-def test_other_origins_are_not_let_in(shared: httpx.Client, origin: str) -> None:
-    answers = [
-        shared.get("/api/tasks", headers={"Origin": origin}),
-        preflight(shared, "/api/tasks/1", "DELETE", "if-match", origin),
+@pytest.mark.parametrize("origin", OTHER_ORIGINS)
+def test_other_origins_are_not_allowed(cors_client: httpx.Client, origin: str) -> None:
+    responses = [
+        cors_client.get("/api/tasks", headers={"Origin": origin}),
+        preflight(cors_client, "/api/tasks/1", "DELETE", "if-match", origin),
     ]
-    assert [access(answer) for answer in answers] == [{}, {}]
+    assert [cors_headers(response) for response in responses] == [{}, {}]
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/healthz", "/readyz"])
-def test_only_the_api_is_open(shared: httpx.Client, path: str) -> None:
-    assert access(shared.get(path, headers={"Origin": ORIGIN})) == {}
+def test_cors_applies_only_to_the_api(cors_client: httpx.Client, path: str) -> None:
+    assert cors_headers(cors_client.get(path, headers={"Origin": ORIGIN})) == {}
 
 
-def test_methods_and_headers_that_the_api_does_not_have_are_not_offered(shared: httpx.Client) -> None:
-    assert "access-control-allow-methods" not in access(preflight(shared, "/api/tasks", "PUT", "content-type"))
-    allowed = access(preflight(shared, "/api/tasks", "GET", "authorization, x-other, if-match"))
-    assert names(allowed["access-control-allow-headers"]) == {"if-match"}
+def test_methods_and_headers_that_the_api_does_not_have_are_not_allowed(cors_client: httpx.Client) -> None:
+    assert "access-control-allow-methods" not in cors_headers(
+        preflight(cors_client, "/api/tasks", "PUT", "content-type")
+    )
+    allowed = cors_headers(preflight(cors_client, "/api/tasks", "GET", "authorization, x-other, if-match"))
+    assert lower_case_names(allowed["access-control-allow-headers"]) == {"if-match"}

@@ -1,4 +1,4 @@
-"""Every failure is one problem shape with the headers that belong to it."""
+"""Problems: every failure has the same format, and the headers of its status."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ UNREACHABLE = "postgresql://todo:secret@127.0.0.1:{port}/todo"
     "path",
     ["/nope", "/api", "/api/", "/api/tasks/", "/api//tasks", "/api/tasks/1/", "/api/tasks/1/on", "/docs/nope"],
 )
-def test_an_unknown_url_is_404(client: httpx.Client, path: str) -> None:
+def test_an_unknown_url_returns_404(client: httpx.Client, path: str) -> None:
     assert assert_problem(client.get(path), 404, "not_found")["instance"] == path
 
 
@@ -39,19 +39,21 @@ def test_the_instance_is_a_uri_reference(client: httpx.Client) -> None:
         ("BREW", "/api/tasks", {"GET", "HEAD", "OPTIONS", "POST"}),
     ],
 )
-def test_a_wrong_method_is_405_with_allow(client: httpx.Client, method: str, path: str, allowed: set[str]) -> None:
+def test_an_unsupported_method_returns_405_with_allow(
+    client: httpx.Client, method: str, path: str, allowed: set[str]
+) -> None:
     response = client.request(method, path)
     assert_problem(response, 405, "method_not_allowed")
     assert set(response.headers["Allow"].split(", ")) == allowed
 
 
-def test_no_such_task_says_so(client: httpx.Client) -> None:
+def test_the_problem_for_an_unknown_task_names_the_reason(client: httpx.Client) -> None:
     assert assert_problem(client.get("/api/tasks/9223372036854775807"), 404, "not_found")["detail"] == "No such task"
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory, conninfo: str) -> Iterator[Service]:
-    """Run a service whose table lost a column, so that its statements meet a bug."""
+def broken_service(tmp_path_factory: pytest.TempPathFactory, conninfo: str) -> Iterator[Service]:
+    """Run a service whose table lacks a column, so that its statements fail."""
     with new_database(conninfo) as database:
         log = tmp_path_factory.mktemp("broken") / "log"
         service = Service(log, DATABASE_URL=as_url(database), WEB_CONCURRENCY=1).wait()
@@ -61,22 +63,22 @@ def broken(tmp_path_factory: pytest.TempPathFactory, conninfo: str) -> Iterator[
         assert service.stop() == 0
 
 
-def test_a_bug_is_500_with_its_traceback_in_the_log_and_nothing_of_it_in_the_answer(broken: Service) -> None:
-    response = broken.client.get("/api/tasks", headers={"X-Request-ID": "find-me-in-the-log"})
+def test_a_bug_returns_500_and_only_the_log_has_its_traceback(broken_service: Service) -> None:
+    response = broken_service.client.get("/api/tasks", headers={"X-Request-ID": "find-me-in-the-log"})
     problem = assert_problem(response, 500, "internal_error")
     assert "completed" not in response.text
     assert "SELECT" not in response.text
     assert problem["instance"] == "/api/tasks"
     assert response.headers["X-Request-ID"] == "find-me-in-the-log"
-    log = broken.log()
+    log = broken_service.log()
     assert "Traceback" in log
     assert "UndefinedColumn" in log
     assert "GET /api/tasks 500" in log
 
 
 @pytest.fixture(scope="module")
-def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run a service whose database can't be reached."""
+def disconnected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run a service whose database cannot be reached."""
     url = UNREACHABLE.format(port=free_port())
     service = Service(tmp_path_factory.mktemp("cut_off") / "log", DATABASE_URL=url, WEB_CONCURRENCY=1)
     wait_until(lambda: service.answers("/healthz"))
@@ -96,32 +98,34 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         ("GET", "/readyz"),
     ],
 )
-def test_without_its_database_every_call_is_503_with_retry_after(cut_off: Service, method: str, path: str) -> None:
+def test_every_call_returns_503_with_retry_after_if_the_database_cannot_be_reached(
+    disconnected: Service, method: str, path: str
+) -> None:
     body = {"title": "x"} if path in {"/api/tasks", "/api/tasks/1"} and method in {"POST", "PATCH"} else None
-    response = cut_off.client.request(method, path, json=body)
+    response = disconnected.client.request(method, path, json=body)
     assert_problem(response, 503, "database_unavailable")
     assert int(response.headers["Retry-After"]) >= 1
 
 
-def test_without_its_database_the_process_still_lives_and_shows_its_docs(cut_off: Service) -> None:
-    assert [cut_off.client.get(path).status_code for path in ("/healthz", "/docs", "/openapi.json")] == [200] * 3
-    assert_problem(cut_off.client.get("/nope"), 404, "not_found")
+def test_health_and_docs_need_no_database(disconnected: Service) -> None:
+    assert [disconnected.client.get(path).status_code for path in ("/healthz", "/docs", "/openapi.json")] == [200] * 3
+    assert_problem(disconnected.client.get("/nope"), 404, "not_found")
 
 
-def test_neither_the_log_nor_an_answer_shows_the_password(cut_off: Service) -> None:
-    assert "secret" not in cut_off.client.get("/api/tasks").text
-    log = cut_off.log()
+def test_neither_the_log_nor_a_response_contains_the_password(disconnected: Service) -> None:
+    assert "secret" not in disconnected.client.get("/api/tasks").text
+    log = disconnected.log()
     assert "cannot be reached" in log
     assert "secret" not in log
     assert "Traceback" not in log
 
 
-def test_connections_that_the_server_ended_cost_no_request(service: Service, conninfo: str) -> None:
+def test_no_request_fails_after_the_server_has_terminated_idle_connections(service: Service, conninfo: str) -> None:
     for _ in range(3):
         assert {service.client.get("/api/tasks").status_code for _ in range(20)} == {200}
         with psycopg.connect(conninfo, autocommit=True) as db:
-            ended = db.execute(
+            terminated = db.execute(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
                 " WHERE application_name = 'todo_api' AND datname = current_database()"
             ).fetchall()
-        assert ended
+        assert terminated

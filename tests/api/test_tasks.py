@@ -1,4 +1,4 @@
-"""The six calls under /api/tasks do what SPEC's table says."""
+"""The six calls under /api/tasks, as the table in the README describes them."""
 
 import json
 import re
@@ -13,21 +13,21 @@ from psycopg.rows import TupleRow
 from tests.support.fixtures import Create
 from tests.support.problems import assert_problem
 
-MEMBERS = ["id", "title", "description", "completed", "user_id", "version", "created_at", "updated_at"]
+FIELDS = ["id", "title", "description", "completed", "user_id", "version", "created_at", "updated_at"]
 LARGEST_ID = 2**63 - 1
 
 
 def without_times(task: dict[str, Any]) -> dict[str, Any]:
-    """Give what must not change with the clock."""
+    """Return a task without its times, which depend on the clock."""
     return {name: value for name, value in task.items() if name not in {"created_at", "updated_at"}}
 
 
-def test_create_answers_201_with_the_task_and_where_it_is(client: httpx.Client) -> None:
+def test_create_returns_201_with_the_task_and_its_location(client: httpx.Client) -> None:
     response = client.post("/api/tasks", json={"title": "Buy milk"})
     task = response.json()
     assert response.status_code == 201
     assert response.headers["Content-Type"] == "application/json"
-    assert list(task) == MEMBERS
+    assert list(task) == FIELDS
     assert without_times(task) == {
         "id": task["id"],
         "title": "Buy milk",
@@ -40,7 +40,7 @@ def test_create_answers_201_with_the_task_and_where_it_is(client: httpx.Client) 
     assert client.get(response.headers["Location"]).json() == task
 
 
-def test_create_takes_every_member_that_a_client_may_send(create: Create) -> None:
+def test_create_accepts_every_field_that_a_client_may_set(create: Create) -> None:
     task = create("Buy milk", description="two litres", completed=True)
     assert (task["title"], task["description"], task["completed"]) == ("Buy milk", "two litres", True)
 
@@ -68,25 +68,27 @@ def test_times_are_rfc_3339_in_utc(create: Create) -> None:
         "\u202eright to left",
     ],
 )
-def test_text_is_stored_code_point_for_code_point(client: httpx.Client, create: Create, title: str) -> None:
+def test_text_is_stored_unchanged(client: httpx.Client, create: Create, title: str) -> None:
     task = create(title, description=title)
     stored = client.get(f"/api/tasks/{task['id']}").json()
     assert (task["title"], stored["title"], stored["description"]) == (title, title, title)
 
 
 @pytest.mark.parametrize("description", [None, "", " ", "x" * 2000, "\U0001f95b" * 2000])
-def test_descriptions_keep_null_and_empty_apart(client: httpx.Client, create: Create, description: str | None) -> None:
+def test_a_description_is_stored_unchanged_even_if_null_or_empty(
+    client: httpx.Client, create: Create, description: str | None
+) -> None:
     task = create(description=description)
     assert client.get(f"/api/tasks/{task['id']}").json()["description"] == description
 
 
 @pytest.mark.usefixtures("db")
-def test_list_without_tasks_is_an_empty_array(client: httpx.Client) -> None:
+def test_list_returns_an_empty_array_if_there_are_no_tasks(client: httpx.Client) -> None:
     response = client.get("/api/tasks")
     assert (response.status_code, response.headers["Content-Type"], response.text) == (200, "application/json", "[]")
 
 
-def test_list_has_every_task_newest_first(
+def test_list_returns_every_task_newest_first(
     client: httpx.Client, db: psycopg.Connection[TupleRow], create: Create
 ) -> None:
     tasks = [create(f"task {n}") for n in range(5)]
@@ -97,21 +99,21 @@ def test_list_has_every_task_newest_first(
     assert client.get("/api/tasks").json()[-1]["id"] == tasks[-1]["id"]
 
 
-def test_list_has_at_most_10000_tasks(client: httpx.Client, db: psycopg.Connection[TupleRow]) -> None:
+def test_list_returns_at_most_10000_tasks(client: httpx.Client, db: psycopg.Connection[TupleRow]) -> None:
     db.execute("INSERT INTO tasks (user_id, title) SELECT 'local', 'task' FROM generate_series(1, 10001)")
     tasks = client.get("/api/tasks").json()
     db.execute("DELETE FROM tasks")
     assert len(tasks) == 10_000
-    assert all(list(task) == MEMBERS for task in tasks)
+    assert all(list(task) == FIELDS for task in tasks)
 
 
-def test_get_answers_the_task(client: httpx.Client, create: Create) -> None:
+def test_get_returns_the_task(client: httpx.Client, create: Create) -> None:
     task = create()
     response = client.get(f"/api/tasks/{task['id']}")
     assert (response.status_code, response.json()) == (200, task)
 
 
-def test_patch_changes_what_is_sent_and_nothing_else(client: httpx.Client, create: Create) -> None:
+def test_patch_changes_only_the_given_fields(client: httpx.Client, create: Create) -> None:
     task = create(description="two litres")
     changed = client.patch(f"/api/tasks/{task['id']}", json={"title": "Buy oat milk"})
     assert changed.status_code == 200
@@ -121,20 +123,20 @@ def test_patch_changes_what_is_sent_and_nothing_else(client: httpx.Client, creat
     assert client.get(f"/api/tasks/{task['id']}").json() == again
 
 
-def test_patch_with_null_clears_the_description_and_empty_keeps_one(client: httpx.Client, create: Create) -> None:
+def test_patch_sets_a_null_and_an_empty_description(client: httpx.Client, create: Create) -> None:
     path = f"/api/tasks/{create(description='two litres')['id']}"
     assert client.patch(path, json={"description": ""}).json()["description"] == ""
     assert client.patch(path, json={"description": None}).json()["description"] is None
 
 
-def test_patch_takes_json_merge_patch(client: httpx.Client, create: Create) -> None:
+def test_patch_accepts_json_merge_patch(client: httpx.Client, create: Create) -> None:
     path = f"/api/tasks/{create()['id']}"
     headers = {"Content-Type": "application/merge-patch+json; charset=utf-8"}
     changed = client.patch(path, content=json.dumps({"completed": True}), headers=headers)
     assert (changed.status_code, changed.json()["completed"]) == (200, True)
 
 
-def test_patch_that_changes_nothing_leaves_the_version(client: httpx.Client, create: Create) -> None:
+def test_patch_that_changes_nothing_keeps_the_version(client: httpx.Client, create: Create) -> None:
     task = create(description="two litres")
     path = f"/api/tasks/{task['id']}"
     assert client.patch(path, json={}).json() == task
@@ -151,7 +153,7 @@ def test_toggle_flips_completed_and_needs_no_body(client: httpx.Client, create: 
     assert without_times(twice.json()) == without_times(task) | {"version": 3}
 
 
-def test_delete_answers_the_task_as_it_last_was_and_it_is_gone(client: httpx.Client, create: Create) -> None:
+def test_delete_returns_the_deleted_task(client: httpx.Client, create: Create) -> None:
     task = create()
     changed = client.post(f"/api/tasks/{task['id']}/toggle").json()
     deleted = client.delete(f"/api/tasks/{task['id']}")
@@ -160,7 +162,7 @@ def test_delete_answers_the_task_as_it_last_was_and_it_is_gone(client: httpx.Cli
     assert_problem(client.get(f"/api/tasks/{task['id']}"), 404, "not_found")
 
 
-def test_updated_at_strictly_increases_even_when_the_clock_does_not(
+def test_updated_at_strictly_increases_even_if_the_clock_does_not(
     client: httpx.Client, db: psycopg.Connection[TupleRow], create: Create
 ) -> None:
     task = create()
@@ -185,7 +187,7 @@ def test_updated_at_strictly_increases_even_when_the_clock_does_not(
         "007",
         "+1",
         "%31x",
-        "\u0661",  # a digit, in Arabic
+        "\u0661",  # an Arabic digit
         LARGEST_ID,
         LARGEST_ID + 1,
         10**30,
@@ -198,13 +200,15 @@ def test_updated_at_strictly_increases_even_when_the_clock_does_not(
     ("method", "suffix", "body"),
     [("GET", "", None), ("PATCH", "", {"title": "x"}), ("DELETE", "", None), ("POST", "/toggle", None)],
 )
-def test_ids_that_no_task_has_are_404(
+def test_an_unknown_or_invalid_id_returns_404(
     client: httpx.Client, task_id: object, method: str, suffix: str, body: dict[str, str] | None
 ) -> None:
     assert_problem(client.request(method, f"/api/tasks/{task_id}{suffix}", json=body), 404, "not_found")
 
 
-def test_tasks_of_another_user_are_out_of_reach(client: httpx.Client, db: psycopg.Connection[TupleRow]) -> None:
+def test_tasks_of_another_user_cannot_be_read_or_changed(
+    client: httpx.Client, db: psycopg.Connection[TupleRow]
+) -> None:
     row = db.execute("INSERT INTO tasks (user_id, title) VALUES ('another', 'private') RETURNING id").fetchone()
     assert row
     path = f"/api/tasks/{row[0]}"
@@ -220,6 +224,6 @@ def test_tasks_of_another_user_are_out_of_reach(client: httpx.Client, db: psycop
 
 
 @pytest.mark.parametrize("path", ["/api/tasks", "/healthz", "/readyz", "/docs"])
-def test_head_answers_as_get_does_without_a_body(client: httpx.Client, path: str) -> None:
+def test_head_responds_like_get_but_without_a_body(client: httpx.Client, path: str) -> None:
     head, get = client.head(path), client.get(path)
     assert (head.status_code, head.headers["Content-Type"], head.content) == (200, get.headers["Content-Type"], b"")
