@@ -1,1 +1,1 @@
-"""What the database does: statements, psql, rules, migrations and plans; and the URLs that lead to one."""
+"""The database: the statements and their plans, psql, constraints, migrations, the pool and connection URLs."""

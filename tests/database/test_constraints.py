@@ -1,4 +1,4 @@
-"""What the API refuses, psql refuses too, and what the API takes, psql takes: one list of cases for both."""
+"""psql accepts and rejects the same input as the API. One list of cases tests both."""
 
 import json
 import sys
@@ -15,11 +15,11 @@ from tests.support.fixtures import Create
 from tests.support.psql import run_psql
 from todo_api.embedded import cluster
 
-PSQL = str(cluster.bin_folder() / "psql")  # one is enough: the rules are the server's
+PSQL = str(cluster.bin_folder() / "psql")  # one psql is enough: the server checks the constraints
 WHITE_SPACE = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
-LAST = chr(sys.maxunicode)
+LAST_CODE_POINT = chr(sys.maxunicode)
 
-GOOD_TITLES = {
+VALID_TITLES = {
     "one character": "a",
     "200 characters": "a" * 200,
     "200 astral characters": "\U0001f600" * 200,
@@ -30,10 +30,10 @@ GOOD_TITLES = {
     "mongolian vowel separator": "\u180e",
     "control character": "\x01",
     "delete": "\x7f",
-    "noncharacters": "\uffff" + LAST,
-    "no text direction": "\u202e",
+    "noncharacters": "\uffff" + LAST_CODE_POINT,
+    "right-to-left override": "\u202e",
 }
-BAD_TITLES = {
+INVALID_TITLES = {
     "empty": "",
     "201 characters": "a" * 201,
     "201 astral characters": "\U0001f600" * 201,
@@ -41,8 +41,8 @@ BAD_TITLES = {
     "all white space": "".join(WHITE_SPACE),
     **{f"only U+{ord(character):04X}": character for character in WHITE_SPACE},
 }
-BAD_CHANGES: dict[str, dict[str, Any]] = {
-    **{f"title: {name}": {"title": title} for name, title in BAD_TITLES.items()},
+INVALID_CHANGES: dict[str, dict[str, Any]] = {
+    **{f"title: {name}": {"title": title} for name, title in INVALID_TITLES.items()},
     "title: null": {"title": None},
     "title: number": {"title": 1},
     "title: boolean": {"title": True},
@@ -61,7 +61,7 @@ BAD_CHANGES: dict[str, dict[str, Any]] = {
     "completed: null": {"completed": None},
     "completed: array": {"completed": [True]},
     **{
-        f"member: {name}": {name: value}
+        f"field: {name}": {name: value}
         for name, value in {
             "id": 1,
             "user_id": "local",
@@ -74,8 +74,8 @@ BAD_CHANGES: dict[str, dict[str, Any]] = {
         }.items()
     },
 }
-GOOD_CHANGES: dict[str, dict[str, Any]] = {
-    **{f"title: {name}": {"title": title} for name, title in GOOD_TITLES.items()},
+VALID_CHANGES: dict[str, dict[str, Any]] = {
+    **{f"title: {name}": {"title": title} for name, title in VALID_TITLES.items()},
     "description: null": {"description": None},
     "description: empty": {"description": ""},
     "description: white space": {"description": "".join(WHITE_SPACE)},
@@ -84,16 +84,16 @@ GOOD_CHANGES: dict[str, dict[str, Any]] = {
     "completed: true": {"completed": True},
     "completed: false": {"completed": False},
 }
-NO_OBJECTS = {
+NOT_OBJECTS = {
     "array": "[]",
-    "array of names": '["title"]',
+    "array of a name": '["title"]',
     "array of a task": '[{"title": "a"}]',
     "string": '"title"',
     "number": "1",
     "true": "true",
     "null": "null",
-    "nothing": "",
-    "no JSON": "title",
+    "empty body": "",
+    "not JSON": "title",
     "NaN": '{"title": "a", "completed": NaN}',
     "single quotes": "{'title': 'a'}",
     "two values": '{"title": "a"} {}',
@@ -104,46 +104,46 @@ NO_OBJECTS = {
 }
 
 
-def as_json(changes: dict[str, Any], **members: Any) -> str:
-    """Write a body as the file's user would: with its characters, not with escapes."""
-    return json.dumps({**members, **changes}, ensure_ascii=False)
+def as_json(changes: dict[str, Any], **fields: Any) -> str:
+    """Return a body as JSON without escapes, as a user of psql would write it."""
+    return json.dumps({**fields, **changes}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A body, and whether it is taken."""
+    """A body, and whether it is valid."""
 
     body: str
-    taken: bool
+    valid: bool
 
 
-REFUSED = {name: Case(body, taken=False) for name, body in NO_OBJECTS.items()}
-CREATED = {
-    **REFUSED,
-    **{name: Case(as_json(changes, title="a"), taken=False) for name, changes in BAD_CHANGES.items()},
-    **{name: Case(as_json(changes, title="a"), taken=True) for name, changes in GOOD_CHANGES.items()},
-    "no title": Case('{"description": "a"}', taken=False),
-    "no member": Case("{}", taken=False),
+REJECTED = {name: Case(body, valid=False) for name, body in NOT_OBJECTS.items()}
+CREATE_CASES = {
+    **REJECTED,
+    **{name: Case(as_json(changes, title="a"), valid=False) for name, changes in INVALID_CHANGES.items()},
+    **{name: Case(as_json(changes, title="a"), valid=True) for name, changes in VALID_CHANGES.items()},
+    "no title": Case('{"description": "a"}', valid=False),
+    "no field": Case("{}", valid=False),
 }
-CHANGED = {
-    **REFUSED,
-    **{name: Case(as_json(changes), taken=False) for name, changes in BAD_CHANGES.items()},
-    **{name: Case(as_json(changes), taken=True) for name, changes in GOOD_CHANGES.items()},
-    "no member": Case("{}", taken=True),
-    "escapes": Case('{"title": "\\u0041\\ud83d\\ude00"}', taken=True),
+UPDATE_CASES = {
+    **REJECTED,
+    **{name: Case(as_json(changes), valid=False) for name, changes in INVALID_CHANGES.items()},
+    **{name: Case(as_json(changes), valid=True) for name, changes in VALID_CHANGES.items()},
+    "no field": Case("{}", valid=True),
+    "escapes": Case('{"title": "\\u0041\\ud83d\\ude00"}', valid=True),
 }
 
 
-def psql_takes(conninfo: str, name: str, **variables: object) -> bool:
-    """Run a file of sql/tasks and say whether psql's exit status is 0 and a row came."""
-    done = run_psql(conninfo, f"sql/tasks/{name}.sql", variables, psql=PSQL)
-    assert done.returncode in {0, 3}, done.stderr
-    assert ("(1 row)" in done.stdout, "ERROR:" in done.stderr) == (done.returncode == 0, done.returncode == 3)
-    return done.returncode == 0
+def psql_accepts(conninfo: str, name: str, **variables: object) -> bool:
+    """Run a file of sql/tasks and return whether psql succeeds; it must print either a row or an error."""
+    result = run_psql(conninfo, f"sql/tasks/{name}.sql", variables, psql=PSQL)
+    assert result.returncode in {0, 3}, result.stderr
+    assert ("(1 row)" in result.stdout, "ERROR:" in result.stderr) == (result.returncode == 0, result.returncode == 3)
+    return result.returncode == 0
 
 
-def rest_takes(client: httpx.Client, method: str, path: str, body: str) -> bool:
-    """Send a body and say whether the answer is a success; a refusal must be a 400."""
+def api_accepts(client: httpx.Client, method: str, path: str, body: str) -> bool:
+    """Send a body and return whether the API accepts it; the response must be a success or a 400."""
     response = client.request(
         method, f"/api/tasks{path}", content=body.encode(), headers={"Content-Type": "application/json"}
     )
@@ -151,37 +151,37 @@ def rest_takes(client: httpx.Client, method: str, path: str, body: str) -> bool:
     return response.is_success
 
 
-@pytest.mark.parametrize("case", CREATED.values(), ids=CREATED)
-def test_rest_and_psql_agree_on_what_is_created(
+@pytest.mark.parametrize("case", CREATE_CASES.values(), ids=CREATE_CASES)
+def test_the_api_and_psql_accept_the_same_new_tasks(
     case: Case, client: httpx.Client, db: psycopg.Connection[TupleRow], conninfo: str
 ) -> None:
-    assert rest_takes(client, "POST", "", case.body) is case.taken
-    assert psql_takes(conninfo, "create", task=case.body) is case.taken
+    assert api_accepts(client, "POST", "", case.body) is case.valid
+    assert psql_accepts(conninfo, "create", task=case.body) is case.valid
     stored = db.execute("SELECT title, description, completed, user_id, version FROM tasks").fetchall()
-    assert len(stored) == 2 * case.taken
-    assert len(set(stored)) == case.taken
+    assert len(stored) == 2 * case.valid
+    assert len(set(stored)) == case.valid
 
 
-@pytest.mark.parametrize("case", CHANGED.values(), ids=CHANGED)
-def test_rest_and_psql_agree_on_what_is_changed(
+@pytest.mark.parametrize("case", UPDATE_CASES.values(), ids=UPDATE_CASES)
+def test_the_api_and_psql_accept_the_same_changes(
     case: Case, client: httpx.Client, create: Create, db: psycopg.Connection[TupleRow], conninfo: str
 ) -> None:
-    ours, theirs = (create("before", description="before")["id"] for _ in range(2))
-    assert rest_takes(client, "PATCH", f"/{theirs}", case.body) is case.taken
-    assert psql_takes(conninfo, "update", task_id=ours, changes=case.body) is case.taken
+    psql_id, api_id = (create("before", description="before")["id"] for _ in range(2))
+    assert api_accepts(client, "PATCH", f"/{api_id}", case.body) is case.valid
+    assert psql_accepts(conninfo, "update", task_id=psql_id, changes=case.body) is case.valid
     stored = db.execute("SELECT title, description, completed, version FROM tasks").fetchall()
     assert stored[0] == stored[1]
-    if not case.taken:
+    if not case.valid:
         assert stored[0] == ("before", "before", False, 1)
 
 
-@pytest.mark.parametrize("title", BAD_TITLES.values(), ids=BAD_TITLES)
-def test_the_table_refuses_a_bad_title(title: str, db: psycopg.Connection[TupleRow]) -> None:
-    assert breaks_a_rule(db, title=title)
+@pytest.mark.parametrize("title", INVALID_TITLES.values(), ids=INVALID_TITLES)
+def test_the_table_rejects_an_invalid_title(title: str, db: psycopg.Connection[TupleRow]) -> None:
+    assert violates_a_constraint(db, title=title)
 
 
-@pytest.mark.parametrize("title", GOOD_TITLES.values(), ids=GOOD_TITLES)
-def test_the_table_keeps_a_good_title(title: str, db: psycopg.Connection[TupleRow]) -> None:
+@pytest.mark.parametrize("title", VALID_TITLES.values(), ids=VALID_TITLES)
+def test_the_table_stores_a_valid_title(title: str, db: psycopg.Connection[TupleRow]) -> None:
     db.execute("INSERT INTO tasks (user_id, title) VALUES ('local', %s)", [title])
     assert db.execute("SELECT title FROM tasks").fetchall() == [(title,)]
 
@@ -205,12 +205,12 @@ def test_the_table_keeps_a_good_title(title: str, db: psycopg.Connection[TupleRo
         ("updated_at", "2000-01-01"),
     ],
 )
-def test_the_table_refuses_a_bad_value(column: str, value: object, db: psycopg.Connection[TupleRow]) -> None:
-    assert breaks_a_rule(db, **{column: value})
+def test_the_table_rejects_an_invalid_value(column: str, value: object, db: psycopg.Connection[TupleRow]) -> None:
+    assert violates_a_constraint(db, **{column: value})
 
 
 @pytest.mark.parametrize("task_id", [0, -1])
-def test_the_table_refuses_an_id_that_no_path_can_name(task_id: int, db: psycopg.Connection[TupleRow]) -> None:
+def test_the_table_rejects_an_id_that_is_not_positive(task_id: int, db: psycopg.Connection[TupleRow]) -> None:
     with pytest.raises(psycopg.errors.CheckViolation):
         db.execute(
             "INSERT INTO tasks (id, user_id, title) OVERRIDING SYSTEM VALUE VALUES (%s, 'local', 'a')", [task_id]
@@ -219,15 +219,15 @@ def test_the_table_refuses_an_id_that_no_path_can_name(task_id: int, db: psycopg
         db.execute("INSERT INTO tasks (id, user_id, title) VALUES (%s, 'local', 'a')", [task_id])
 
 
-def breaks_a_rule(db: psycopg.Connection[TupleRow], **columns: object) -> bool:
-    """Say whether a direct INSERT and a direct UPDATE with these columns both break a constraint."""
+def violates_a_constraint(db: psycopg.Connection[TupleRow], **columns: object) -> bool:
+    """Check that an INSERT and an UPDATE with these columns fail, and return whether the table is unchanged."""
     before = db.execute("INSERT INTO tasks (user_id, title) VALUES ('local', 'a') RETURNING *").fetchall()
     row = {"user_id": "local", "title": "a", **columns}
-    names = sql.SQL(", ").join(map(sql.Identifier, row))
-    values = sql.SQL(", ").join(sql.Placeholder() * len(row))
+    column_names = sql.SQL(", ").join(map(sql.Identifier, row))
+    placeholders = sql.SQL(", ").join(sql.Placeholder() * len(row))
     for statement in (
-        sql.SQL("INSERT INTO tasks ({}) VALUES ({})").format(names, values),
-        sql.SQL("UPDATE tasks SET ({}) = ROW ({})").format(names, values),
+        sql.SQL("INSERT INTO tasks ({}) VALUES ({})").format(column_names, placeholders),
+        sql.SQL("UPDATE tasks SET ({}) = ROW ({})").format(column_names, placeholders),
     ):
         with pytest.raises(psycopg.errors.IntegrityError):
             db.execute(statement, list(row.values()))
@@ -235,7 +235,7 @@ def breaks_a_rule(db: psycopg.Connection[TupleRow], **columns: object) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "rule"),
+    ("name", "body", "constraint"),
     [
         ("create", "{}", "title_is_required"),
         ("create", "[]", "body_is_an_object"),
@@ -246,6 +246,8 @@ def breaks_a_rule(db: psycopg.Connection[TupleRow], **columns: object) -> bool:
         ("update", '{"version": 2}', "body_has_only_known_members"),
     ],
 )
-def test_psql_names_the_rule_that_a_body_breaks(name: str, body: str, rule: str, create: Create, conninfo: str) -> None:
+def test_psql_names_the_constraint_that_a_body_violates(
+    name: str, body: str, constraint: str, create: Create, conninfo: str
+) -> None:
     variables = {"task": body} if name == "create" else {"task_id": create()["id"], "changes": body}
-    assert f'"{rule}"' in run_psql(conninfo, f"sql/tasks/{name}.sql", variables, psql=PSQL).stderr
+    assert f'"{constraint}"' in run_psql(conninfo, f"sql/tasks/{name}.sql", variables, psql=PSQL).stderr

@@ -1,4 +1,4 @@
-"""DATABASE_URL is whatever libpq takes in such a URL, and nothing else."""
+"""DATABASE_URL accepts each form of URL that libpq accepts, and rejects what libpq rejects."""
 
 import pytest
 from psycopg.conninfo import conninfo_to_dict
@@ -20,7 +20,7 @@ PASSWORD = "h-u-s-h"
         "postgresql://us%C3%A9r:pässwörd#$&+=!*();'\"[?@host/name?options=-c%20statement_timeout%3D5s",
     ],
 )
-def test_every_form_of_a_url_that_libpq_takes_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_url_that_libpq_accepts_is_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.setenv("PGTZ", "UTC")
     conninfo_to_dict(url)
@@ -41,12 +41,12 @@ def test_every_form_of_a_url_that_libpq_takes_is_taken(url: str, monkeypatch: py
         f"{'d' * 64}.example/name",
     ],
 )
-def test_a_url_that_libpq_does_not_understand_is_refused(rest: str) -> None:
+def test_a_url_that_libpq_rejects_is_rejected_without_the_password(rest: str) -> None:
     with pytest.raises(config.StartError, match="DATABASE_URL") as raised:
         database_url.check_url("DATABASE_URL", f"postgresql://user:{PASSWORD}@{rest}")
     assert PASSWORD not in str(raised.value)
 
 
-def test_a_url_whose_server_is_away_is_not_refused() -> None:
+def test_a_url_whose_server_cannot_be_reached_is_accepted() -> None:
     url = "postgresql://user:p@127.0.0.1:1,localhost:2/name?sslmode=require&target_session_attrs=read-write"
     database_url.check_url("DATABASE_URL", url)

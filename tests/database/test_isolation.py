@@ -1,4 +1,4 @@
-"""A database whose default isolation is stricter than PostgreSQL's own costs no call."""
+"""Calls succeed on a database whose default isolation level is stricter than READ COMMITTED."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,7 +13,9 @@ from tests.support.service import Service
 
 
 @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
-def test_toggles_all_count_where_the_database_isolates_more(conninfo: str, tmp_path: Path, isolation: str) -> None:
+def test_toggle_counts_every_concurrent_call_at_a_stricter_isolation_level(
+    conninfo: str, tmp_path: Path, isolation: str
+) -> None:
     with new_database(conninfo) as database:
         with psycopg.connect(database, autocommit=True) as db:
             set_default = SQL("ALTER DATABASE {} SET default_transaction_isolation = {}")

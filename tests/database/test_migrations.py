@@ -1,4 +1,4 @@
-"""Migrations: many starts at once, starts that are killed, and databases that do not fit the code."""
+"""Migrations: concurrent starts, killed starts, and databases that do not match the code."""
 
 import multiprocessing
 import os
@@ -25,35 +25,35 @@ from tests.support.processes import wait_until
 from todo_api.config import StartError
 from todo_api.database import UnavailableError, migrations, statements
 
-FIRST = "0001.create-tasks"
-ALL = sorted(path.stem for path in statements.MIGRATIONS.glob("[0-9]*[!k].sql"))
-APPLY = "import sys; from todo_api.database import migrations; sys.exit(str(migrations.apply(sys.argv[1])))"
-# A new interpreter for each process that is killed would take most of the tests' time.
+FIRST_MIGRATION = "0001.create-tasks"
+ALL_MIGRATIONS = sorted(path.stem for path in statements.MIGRATIONS.glob("[0-9]*[!k].sql"))
+APPLY_SCRIPT = "import sys; from todo_api.database import migrations; sys.exit(str(migrations.apply(sys.argv[1])))"
+# Starting a new interpreter for each killed process would take most of the tests' time.
 _fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
 def database(conninfo: str) -> Iterator[str]:
-    """Give the connection string of an empty database."""
+    """Return the connection string of an empty database."""
     with new_database(conninfo) as database:
         yield database
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a folder with the migrations of the project, to be changed."""
+    """Return a copy of the migrations folder, which a test may change."""
     return Path(shutil.copytree(statements.MIGRATIONS, tmp_path / "migrations"))
 
 
 def query(database: str, sql: str) -> list[TupleRow]:
-    """Run a statement of the test's own and give its rows, where it has some."""
+    """Run a statement and return its rows, if it returns any."""
     with psycopg.connect(database, autocommit=True) as connection:
         cursor = connection.execute(sql.encode())
         return cursor.fetchall() if cursor.description else []
 
 
-def applied(database: str) -> list[str]:
-    """Give the names of the migrations that are marked, each as often as it is in yoyo's log."""
+def applied_migrations(database: str) -> list[str]:
+    """Return the names of the applied migrations, each as often as it is in yoyo's log."""
     return [
         name
         for (name,) in query(
@@ -63,60 +63,60 @@ def applied(database: str) -> list[str]:
     ]
 
 
-def tables(database: str) -> set[str]:
-    """Give the names of all tables."""
+def table_names(database: str) -> set[str]:
+    """Return the names of all tables, without PostgreSQL's own."""
     return {name for (name,) in query(database, "SELECT relname FROM pg_class WHERE relkind = 'r' AND oid >= 16384")}
 
 
-def migrating(database: str, folder: Path = statements.MIGRATIONS) -> BaseProcess:
-    """Start a process that applies migrations."""
+def start_migrating(database: str, folder: Path = statements.MIGRATIONS) -> BaseProcess:
+    """Start and return a process that applies the migrations."""
     process = _fork.Process(target=migrations.apply, args=(database, folder))
     process.start()
     return process
 
 
-def refusal(database: str, folder: Path = statements.MIGRATIONS) -> str:
-    """Give the message, one line, with which applying fails."""
+def error_message(database: str, folder: Path = statements.MIGRATIONS) -> str:
+    """Return the message with which the migrations fail; it must be one line."""
     with pytest.raises(StartError) as failed:
         migrations.apply(database, folder)
     assert "\n" not in str(failed.value)
     return str(failed.value)
 
 
-def test_a_fresh_database_gets_the_table_once(database: str) -> None:
-    assert migrations.apply(database) == ALL
+def test_a_new_database_is_migrated_once(database: str) -> None:
+    assert migrations.apply(database) == ALL_MIGRATIONS
     assert migrations.apply(database) == []
     assert query(database, "SELECT * FROM tasks") == []
-    assert applied(database) == ALL
+    assert applied_migrations(database) == ALL_MIGRATIONS
 
 
 @pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
-def test_eight_starts_at_once_apply_each_migration_once(database: str, level: str) -> None:
+def test_concurrent_starts_apply_each_migration_once(database: str, level: str) -> None:
     query(
         database, f"ALTER DATABASE {conninfo_to_dict(database)['dbname']} SET default_transaction_isolation = '{level}'"
     )
-    processes = [migrating(database) for _ in range(8)]
+    processes = [start_migrating(database) for _ in range(8)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 8
-    assert applied(database) == ALL
+    assert applied_migrations(database) == ALL_MIGRATIONS
 
 
-def test_a_start_needs_one_connection_only(conninfo: str, database: str) -> None:
-    """With two, as many starts as a pooler has connections would wait for each other."""
-    # From elsewhere: a connection of the test's own may not have ended yet when the start wants its one.
+def test_a_start_needs_only_one_connection(conninfo: str, database: str) -> None:
+    # If each start needed two, concurrent starts could take all connections of a pooler and wait for one another.
+    # The limit is set from another database: a connection to this one might still count when the start connects.
     query(conninfo, f"ALTER DATABASE {conninfo_to_dict(database)['dbname']} CONNECTION LIMIT 1")
-    assert migrations.apply(database) == ALL
+    assert migrations.apply(database) == ALL_MIGRATIONS
 
 
 @pytest.mark.parametrize("attempt", range(10))
 def test_a_start_killed_at_any_moment_needs_no_repair(database: str, attempt: int) -> None:
-    process = migrating(database)
+    process = start_migrating(database)
     time.sleep(attempt * 0.008 + random.uniform(0, 0.008))
     process.kill()
     process.join()
-    assert migrations.apply(database) in (ALL, [])
-    assert applied(database) == ALL
+    assert migrations.apply(database) in (ALL_MIGRATIONS, [])
+    assert applied_migrations(database) == ALL_MIGRATIONS
     assert query(database, "SELECT * FROM tasks") == []
 
 
@@ -130,46 +130,48 @@ INSERT INTO one DEFAULT VALUES;
 
 
 @pytest.mark.parametrize(
-    "second",
+    "second_migration",
     [
         f"{GATE} CREATE TABLE two ();",
         f"CREATE TABLE two (); {GATE} CREATE TABLE three ();",
         f"CREATE TABLE two (); {GATE}",
         f"CREATE TABLE two (); {AT_COMMIT}",
     ],
-    ids=["before its first statement", "in its middle", "before it is marked", "in its commit"],
+    ids=["before its first statement", "between its statements", "before it is marked as applied", "during its commit"],
 )
-def test_a_start_killed_while_it_hangs_in_a_migration_needs_no_repair(
-    database: str, tmp_path: Path, second: str
+def test_a_start_killed_during_a_migration_needs_no_repair(
+    database: str, tmp_path: Path, second_migration: str
 ) -> None:
     query(database, "CREATE TABLE gate ()")
     (tmp_path / "0001.one.sql").write_text("CREATE TABLE one ();", encoding="utf-8")
-    (tmp_path / "0002.two.sql").write_text(second, encoding="utf-8")
+    (tmp_path / "0002.two.sql").write_text(second_migration, encoding="utf-8")
     with psycopg.connect(database) as blocker:
         blocker.execute("LOCK TABLE gate")
-        process = migrating(database, tmp_path)
+        process = start_migrating(database, tmp_path)
         wait_until(lambda: bool(query(database, "SELECT * FROM pg_locks WHERE NOT granted AND locktype = 'relation'")))
         process.kill()
         process.join()
-        assert tables(database) == {"gate"}
-    # A commit that was asked for is made, killed or not.
-    assert migrations.apply(database, tmp_path) == ([] if second.endswith(AT_COMMIT) else ["0001.one", "0002.two"])
-    assert applied(database) == ["0001.one", "0002.two"]
-    assert {"one", "two"} <= tables(database)
+        assert table_names(database) == {"gate"}
+    # PostgreSQL completes a commit that it has received, even if the client was killed.
+    assert migrations.apply(database, tmp_path) == (
+        [] if second_migration.endswith(AT_COMMIT) else ["0001.one", "0002.two"]
+    )
+    assert applied_migrations(database) == ["0001.one", "0002.two"]
+    assert {"one", "two"} <= table_names(database)
 
 
-def test_a_row_that_yoyo_left_in_its_lock_table_does_not_matter(database: str) -> None:
+def test_a_stale_row_in_yoyos_lock_table_delays_no_start(database: str) -> None:
     query(database, "CREATE TABLE yoyo_lock (locked int PRIMARY KEY, ctime timestamp, pid int NOT NULL)")
     query(database, "INSERT INTO yoyo_lock VALUES (1, now(), 1)")
     started = time.monotonic()
-    assert migrations.apply(database) == ALL
-    assert time.monotonic() - started < 5, "yoyo waits 10 s for its lock"
+    assert migrations.apply(database) == ALL_MIGRATIONS
+    assert time.monotonic() - started < 5, "the start waited for yoyo's lock, up to 10 s"
 
 
-def test_a_folder_without_migrations_is_refused(database: str, tmp_path: Path) -> None:
-    assert refusal(database, tmp_path) == f"there are no migrations in {tmp_path}"
-    assert refusal(database, tmp_path / "missing") == f"there are no migrations in {tmp_path / 'missing'}"
-    assert tables(database) == set()
+def test_a_folder_without_migrations_is_rejected(database: str, tmp_path: Path) -> None:
+    assert error_message(database, tmp_path) == f"there are no migrations in {tmp_path}"
+    assert error_message(database, tmp_path / "missing") == f"there are no migrations in {tmp_path / 'missing'}"
+    assert table_names(database) == set()
 
 
 @pytest.mark.parametrize(
@@ -182,120 +184,122 @@ def test_a_folder_without_migrations_is_refused(database: str, tmp_path: Path) -
         (b"-- transactional: false\nSELECT 1;", "9998.wrong is not transactional"),
     ],
 )
-def test_a_migration_that_yoyo_cannot_run_safely_is_refused(
+def test_a_migration_that_yoyo_cannot_run_safely_is_rejected(
     database: str, folder: Path, text: bytes, reason: str
 ) -> None:
     (folder / "9998.wrong.sql").write_bytes(text)
-    assert reason in refusal(database, folder)
-    assert tables(database) == set()
+    assert reason in error_message(database, folder)
+    assert table_names(database) == set()
 
 
-def test_an_applied_migration_that_was_edited_is_refused(database: str, folder: Path) -> None:
+def test_an_applied_migration_that_was_edited_is_rejected(database: str, folder: Path) -> None:
     migrations.apply(database, folder)
-    with (folder / f"{FIRST}.sql").open("a", encoding="utf-8") as file:
+    with (folder / f"{FIRST_MIGRATION}.sql").open("a", encoding="utf-8") as file:
         file.write("\nCREATE TABLE more ();\n")
-    assert refusal(database, folder).startswith(f"sql/migrations/{FIRST}.sql was edited after it was applied; ")
-    assert "more" not in tables(database)
+    assert error_message(database, folder).startswith(
+        f"sql/migrations/{FIRST_MIGRATION}.sql was edited after it was applied; "
+    )
+    assert "more" not in table_names(database)
 
 
-def test_line_ends_are_no_edit(database: str, folder: Path) -> None:
+def test_a_change_of_line_endings_is_not_an_edit(database: str, folder: Path) -> None:
     migrations.apply(database, folder)
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
     assert migrations.apply(database, folder) == []
 
 
-def test_a_folder_with_windows_line_ends_is_applied_like_any_other(database: str, folder: Path) -> None:
+def test_migrations_with_windows_line_endings_are_applied(database: str, folder: Path) -> None:
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    assert migrations.apply(database, folder) == ALL
+    assert migrations.apply(database, folder) == ALL_MIGRATIONS
     assert migrations.apply(database) == []
 
 
-def test_a_database_that_is_ahead_of_the_code_is_refused(database: str, folder: Path) -> None:
+def test_a_database_that_is_ahead_of_the_code_is_rejected(database: str, folder: Path) -> None:
     (folder / "9999.later.sql").write_text("CREATE TABLE later ();", encoding="utf-8")
     migrations.apply(database, folder)
-    assert refusal(database).startswith("the database is ahead of this code: it has migration 9999.later, ")
+    assert error_message(database).startswith("the database is ahead of this code: it has migration 9999.later, ")
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["first start", "later start"])
-def test_a_migration_with_an_error_leaves_nothing_behind(database: str, folder: Path, before: bool) -> None:
-    if before:
+@pytest.mark.parametrize("has_tables", [True, False], ids=["later start", "first start"])
+def test_a_failed_migration_rolls_back_all_migrations_of_its_start(
+    database: str, folder: Path, has_tables: bool
+) -> None:
+    if has_tables:
         migrations.apply(database, folder)
-    there = tables(database)
+    tables_before = table_names(database)
     (folder / "9998.good.sql").write_text("CREATE TABLE good ();", encoding="utf-8")
     (folder / "9999.wrong.sql").write_text("CREATE TABLE half ();\n\nSELECT 1 / 0;", encoding="utf-8")
-    assert refusal(database, folder) == "migration 9999.wrong failed: division by zero"
-    assert tables(database) == there
+    assert error_message(database, folder) == "migration 9999.wrong failed: division by zero"
+    assert table_names(database) == tables_before
     (folder / "9999.wrong.sql").write_text("CREATE TABLE whole ();", encoding="utf-8")
     assert migrations.apply(database, folder)[-2:] == ["9998.good", "9999.wrong"]
 
 
-def test_a_table_that_is_already_there_is_named(database: str) -> None:
+def test_the_error_names_a_table_that_already_exists(database: str) -> None:
     query(database, "CREATE TABLE tasks ()")
-    assert refusal(database) == f'migration {FIRST} failed: relation "tasks" already exists'
-    assert tables(database) == {"tasks"}
+    assert error_message(database) == f'migration {FIRST_MIGRATION} failed: relation "tasks" already exists'
+    assert table_names(database) == {"tasks"}
 
 
-def test_a_database_that_cannot_be_reached_is_no_start_error(tmp_path: Path) -> None:
+def test_an_unreachable_database_raises_unavailable_error(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError):
         migrations.apply(f"host={tmp_path} dbname=todo")
 
 
-def test_yoyo_rolls_back_what_was_applied_and_it_can_be_applied_again(database: str) -> None:
-    ours = "SELECT typname FROM pg_type WHERE oid >= 16384 AND typname !~ 'yoyo'"  # tables are types too
+def test_yoyo_rolls_back_all_migrations_and_they_can_be_applied_again(database: str) -> None:
+    own_types_query = "SELECT typname FROM pg_type WHERE oid >= 16384 AND typname !~ 'yoyo'"  # tables are types too
     migrations.apply(database)
-    assert query(database, ours)
+    assert query(database, own_types_query)
     with yoyo.get_backend(yoyo_url(database)) as backend:
         found = yoyo.read_migrations(str(statements.MIGRATIONS))
         backend.rollback_migrations(backend.to_rollback(found))
-    assert query(database, ours) == []
-    assert migrations.apply(database) == ALL
+    assert query(database, own_types_query) == []
+    assert migrations.apply(database) == ALL_MIGRATIONS
     assert query(database, "SELECT * FROM tasks") == []
 
 
 def yoyo_url(database: str) -> str:
-    """Give a connection string in the form that yoyo's own command line takes."""
+    """Return a connection string as a URL that yoyo's command accepts."""
     parts = {name: str(value) for name, value in conninfo_to_dict(database).items()}
     return f"postgresql+psycopg://{parts.pop('user')}@/{parts.pop('dbname')}?{urlencode(parts)}"
 
 
 def test_a_user_id_without_a_passwd_entry_can_migrate(database: str) -> None:
-    """getpass.getuser(), which yoyo asks, finds no name for it."""
+    # yoyo calls getpass.getuser(), which raises an error for such a user.
     environ = environment()
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         environ.pop(name, None)
-    nameless = "import getpass, pwd\ntry: print(getpass.getuser())\nexcept KeyError: pass\n"
-    command = [sys.executable, "-c", nameless + APPLY, database]
+    check_script = "import getpass, pwd\ntry: print(getpass.getuser())\nexcept KeyError: pass\n"
+    command = [sys.executable, "-c", check_script + APPLY_SCRIPT, database]
     if os.geteuid() == 0:
-        # The capability lets it through to the embedded server's socket, which is open to root alone.
+        # The capability lets the process open the embedded server's socket, which is closed to other users.
         user = ["--reuid=12345", "--regid=12345", "--clear-groups"]
         command = ["setpriv", *user, "--inh-caps=+dac_override", "--ambient-caps=+dac_override", *command]
     else:
-        # Only root can take another user id, so here the passwd file is taken away instead.
+        # Only root can change its user id. Any other user keeps its id, but finds an empty passwd file.
         command[2] = f"import pwd; pwd.getpwuid = {{}}.__getitem__\n{command[2]}"
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr.strip()) == ("", str(ALL))
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr.strip()) == ("", str(ALL_MIGRATIONS))
 
 
 @pytest.mark.parametrize("name", ["a[x]b", "a*b?", "a b%20c+d", "package:a:b"])
-def test_the_folders_path_may_hold_any_character(database: str, tmp_path: Path, name: str) -> None:
+def test_the_path_of_the_folder_may_contain_any_character(database: str, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(statements.MIGRATIONS, tmp_path / name / "migrations"))
-    assert migrations.apply(database, folder) == ALL
+    assert migrations.apply(database, folder) == ALL_MIGRATIONS
 
 
-def test_a_migration_that_selects_prints_nothing(
-    database: str, folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_select_in_a_migration_prints_nothing(database: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "9999.select.sql").write_text("SELECT 'noise' AS noise;", encoding="utf-8")
-    assert migrations.apply(database, folder) == [*ALL, "9999.select"]
+    assert migrations.apply(database, folder) == [*ALL_MIGRATIONS, "9999.select"]
     assert capfd.readouterr().out == ""
 
 
-def test_flask_migrate_says_in_one_line_what_is_wrong(database: str, folder: Path) -> None:
+def test_flask_migrate_reports_an_error_in_one_line(database: str, folder: Path) -> None:
     (folder / "9999.later.sql").write_text("CREATE TABLE later ();", encoding="utf-8")
     migrations.apply(database, folder)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "flask", "--app", "wsgi", "migrate"],
         cwd=ROOT,
         env=environment(DATABASE_URL=as_url(database)),
@@ -303,5 +307,5 @@ def test_flask_migrate_says_in_one_line_what_is_wrong(database: str, folder: Pat
         text=True,
         check=False,
     )
-    assert (done.returncode != 0, done.stdout) == (True, "")
-    assert re.fullmatch("todo_api: the database is ahead of this code: .*\n", done.stderr)
+    assert (result.returncode != 0, result.stdout) == (True, "")
+    assert re.fullmatch("todo_api: the database is ahead of this code: .*\n", result.stderr)

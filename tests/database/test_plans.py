@@ -1,4 +1,4 @@
-"""How PostgreSQL runs the statements on a million tasks: through its indexes, whatever the parameters are."""
+"""The plans of the statements with a million tasks: they use the indexes, for all values of the parameters."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,7 +12,7 @@ from psycopg.rows import TupleRow
 from tests.support.databases import new_database
 from todo_api.database import migrations, statements
 
-TASKS = {name: statement for name, statement in statements.load().items() if name.startswith("tasks/")}
+TASK_STATEMENTS = {name: statement for name, statement in statements.load().items() if name.startswith("tasks/")}
 PARAMETERS = {
     "user_id": "user 3",
     "task_id": "4321",
@@ -25,17 +25,17 @@ PARAMETERS = {
     "q": "milk",
     "after": "1768123800123456_4321",
 }
-BY_ID, NEWEST = {"tasks_pkey"}, {"tasks_newest_first"}
+PRIMARY_KEY, NEWEST_FIRST = {"tasks_pkey"}, {"tasks_newest_first"}
 INDEXES = {
     "tasks/create": set(),
     "tasks/create_once": {"idempotency_keys_oldest_first", "idempotency_keys_pkey"},
-    "tasks/delete": BY_ID,
-    "tasks/get": BY_ID,
-    "tasks/list": NEWEST,
-    "tasks/toggle": BY_ID,
-    "tasks/update": BY_ID,
+    "tasks/delete": PRIMARY_KEY,
+    "tasks/get": PRIMARY_KEY,
+    "tasks/list": NEWEST_FIRST,
+    "tasks/toggle": PRIMARY_KEY,
+    "tasks/update": PRIMARY_KEY,
 }
-FILTERS = [
+LIST_PARAMETERS = [
     {"completed": completed, "q": q, "after": after, "limit": limit}
     for completed, q, after, limit in product(
         ["", "true"], ["", "milk"], ["253402300800000000_1", PARAMETERS["after"]], ["2", "10001"]
@@ -45,7 +45,7 @@ FILTERS = [
 
 @pytest.fixture(scope="module")
 def full_table(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
-    """Give a connection to a database of its own: a million tasks, most of them one user's, few completed."""
+    """Return a connection to a database with a million tasks: most belong to one user, few are completed."""
     with new_database(conninfo) as database:
         migrations.apply(database)
         with psycopg.connect(database, autocommit=True) as connection:
@@ -69,12 +69,12 @@ def full_table(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
                 """
             )
             connection.execute("ANALYZE tasks, idempotency_keys")
-            connection.execute("SET plan_cache_mode = force_generic_plan")  # as the service's own connections have it
+            connection.execute("SET plan_cache_mode = force_generic_plan")  # as in the connections of the service
             yield connection
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give every node of a plan."""
+    """Yield every node of a plan."""
     yield plan
     for child in plan.get("Plans", []):
         yield from nodes(child)
@@ -83,8 +83,8 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def plan_of(
     connection: psycopg.Connection[TupleRow], name: str, text: bytes, values: dict[str, str] = PARAMETERS
 ) -> list[dict[str, Any]]:
-    """Give the nodes of the plan that PostgreSQL makes for a statement without knowing its parameters."""
-    parameters = sorted(TASKS[name].parameters)
+    """Return the nodes of the generic plan of a statement, which PostgreSQL makes without the parameters' values."""
+    parameters = sorted(TASK_STATEMENTS[name].parameters)
     numbered = text.decode() % {parameter: f"${number}" for number, parameter in enumerate(parameters, 1)}
     connection.execute(f"PREPARE statement AS {numbered}".encode())
     literals = sql.SQL(", ").join(sql.Literal(values[parameter]) for parameter in parameters)
@@ -94,55 +94,55 @@ def plan_of(
     return list(nodes(explained[0][0]["Plan"]))
 
 
-def check(plan: list[dict[str, Any]]) -> None:
-    """Check that a plan finds tasks through an index, already in order, and looks at the rows of one user only."""
+def assert_reads_through_an_index(plan: list[dict[str, Any]]) -> None:
+    """Check that a plan does not sort, scans tables only through an index, and is generic."""
     assert not [node["Node Type"] for node in plan if "Sort" in node["Node Type"]]
     scans = [node for node in plan if "Relation Name" in node and "Scan" in node["Node Type"]]
     assert {node["Node Type"] for node in scans} <= {"Index Scan"}
-    known = [node for node in scans if node["Relation Name"] == "tasks" and "$" not in node["Index Cond"]]
-    assert not known, "PostgreSQL knew the parameters"
+    with_values = [node for node in scans if node["Relation Name"] == "tasks" and "$" not in node["Index Cond"]]
+    assert not with_values, "the plan was made for certain values of the parameters"
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TASK_STATEMENTS)
 def test_each_statement_finds_tasks_through_an_index(name: str, full_table: psycopg.Connection[TupleRow]) -> None:
-    plan = plan_of(full_table, name, TASKS[name].rows)
-    check(plan)
+    plan = plan_of(full_table, name, TASK_STATEMENTS[name].rows)
+    assert_reads_through_an_index(plan)
     used = {node["Index Name"] for node in plan if "Index Name" in node}
     assert used == INDEXES[name]
 
 
-@pytest.mark.parametrize("values", FILTERS, ids=str)
-def test_a_page_is_read_in_the_indexs_order_from_its_cursor_on(
+@pytest.mark.parametrize("values", LIST_PARAMETERS, ids=str)
+def test_a_page_is_read_from_the_index_in_order_starting_at_its_cursor(
     values: dict[str, str], full_table: psycopg.Connection[TupleRow]
 ) -> None:
-    for text in (TASKS["tasks/list"].rows, TASKS["tasks/list"].rows_json):
+    for text in (TASK_STATEMENTS["tasks/list"].rows, TASK_STATEMENTS["tasks/list"].rows_json):
         plan = plan_of(full_table, "tasks/list", text, PARAMETERS | values)
-        check(plan)
+        assert_reads_through_an_index(plan)
         [scan] = [node for node in plan if node["Node Type"] == "Index Scan"]
         assert "user_id = $" in scan["Index Cond"]
         assert "ROW(created_at, id) < ROW(" in scan["Index Cond"]
 
 
-def test_create_once_looks_at_the_oldest_keys_alone(full_table: psycopg.Connection[TupleRow]) -> None:
-    """And finds its own through the constraint that makes keys unique."""
-    plan = plan_of(full_table, "tasks/create_once", TASKS["tasks/create_once"].row_json)
+def test_create_once_reads_only_the_oldest_keys_and_its_own(full_table: psycopg.Connection[TupleRow]) -> None:
+    plan = plan_of(full_table, "tasks/create_once", TASK_STATEMENTS["tasks/create_once"].row_json)
     [oldest] = [node for node in plan if node.get("Index Name") == "idempotency_keys_oldest_first"]
     assert "created_at <" in oldest["Index Cond"]
+    # It finds its own key through the constraint that makes keys unique.
     [insert] = [node for node in plan if node.get("Conflict Arbiter Indexes")]
     assert insert["Conflict Arbiter Indexes"] == ["idempotency_keys_pkey"]
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_the_json_of_each_statement_costs_no_other_plan(name: str, full_table: psycopg.Connection[TupleRow]) -> None:
-    wrapped = TASKS[name].rows_json if name == "tasks/list" else TASKS[name].row_json
-    check(plan_of(full_table, name, wrapped))
+@pytest.mark.parametrize("name", TASK_STATEMENTS)
+def test_the_json_form_of_each_statement_uses_an_index_too(name: str, full_table: psycopg.Connection[TupleRow]) -> None:
+    wrapped = TASK_STATEMENTS[name].rows_json if name == "tasks/list" else TASK_STATEMENTS[name].row_json
+    assert_reads_through_an_index(plan_of(full_table, name, wrapped))
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_psql_gets_the_same_plan(name: str, full_table: psycopg.Connection[TupleRow]) -> None:
-    """With the values in the text, as psql puts them there."""
+@pytest.mark.parametrize("name", TASK_STATEMENTS)
+def test_each_statement_uses_an_index_in_psql_too(name: str, full_table: psycopg.Connection[TupleRow]) -> None:
+    # psql inserts the values into the text.
     values = {parameter: sql.Literal(value).as_string() for parameter, value in PARAMETERS.items()}
-    text = TASKS[name].rows.decode() % values
+    text = TASK_STATEMENTS[name].rows.decode() % values
     explained = full_table.execute(f"EXPLAIN (FORMAT JSON) {text}".encode()).fetchone()
     assert explained
     assert "Seq Scan" not in str(explained)

@@ -1,4 +1,4 @@
-"""The files of sql/tasks run with psql: the same rows as over REST, the same users kept apart."""
+"""The files of sql/tasks, run with psql: they return the same rows as the API, and separate the users."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from todo_api.database import migrations, statements
 TASK_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/tasks/*.sql"))
 DATABASE_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/database/*.sql"))
 INJECTION = "x'); DROP TABLE tasks; --"
-# A carriage return only arrives unchanged where nothing reads psql's output as lines: not in these.
+# These have no carriage return, because Python converts line endings when it reads psql's output.
 TEXTS = [
     "it's \"quoted\" \\ back\\slashed \\n \\' ''",
     "100 % %s %(task)s %%",
@@ -38,53 +38,57 @@ TEXTS = [
 
 @pytest.fixture(params=PSQLS)
 def psql(request: pytest.FixtureRequest) -> str:
-    """Give each psql in turn."""
+    """Return the path of a psql. Each test runs once with every psql."""
     path: str = request.param
     return path
 
 
 @pytest.fixture
 def other_users_task(db: psycopg.Connection[TupleRow]) -> tuple[Any, ...]:
-    """Give another user's task as its row."""
+    """Store a task of another user and return its row."""
     row = db.execute("INSERT INTO tasks (user_id, title) VALUES ('other', 'Not yours') RETURNING *").fetchone()
     assert row
     return row
 
 
-def shown(client: httpx.Client, task_id: int) -> dict[str, Any]:
-    """Get a task over REST, comparable with psql's row."""
+def api_task(client: httpx.Client, task_id: int) -> dict[str, Any]:
+    """Return a task from the API, comparable with a row from psql."""
     response = client.get(f"/api/tasks/{task_id}")
     assert response.status_code == httpx.codes.OK, response.text
     return comparable(response.json())
 
 
-def written(task: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a task what the database gave it."""
+def without_generated_fields(task: dict[str, Any]) -> dict[str, Any]:
+    """Return a task without the fields whose values the database generates."""
     return {name: value for name, value in task.items() if name not in {"id", "created_at", "updated_at"}}
 
 
-def test_create_keeps_every_text_as_rest_does(
+def test_create_stores_every_text_as_the_api_does(
     psql: str, client: httpx.Client, create: Create, db: psycopg.Connection[TupleRow], conninfo: str
 ) -> None:
     for text in TEXTS:
         body = {"title": text, "description": text * 2, "completed": True}
         [created] = rows_of(conninfo, "create", psql, task=json.dumps(body, ensure_ascii=False))
-        assert list(created.items()) == list(shown(client, created["id"]).items())
-        assert written(created) == written(create(**body)) == {**body, "user_id": "local", "version": 1}
+        assert list(created.items()) == list(api_task(client, created["id"]).items())
+        assert (
+            without_generated_fields(created)
+            == without_generated_fields(create(**body))
+            == {**body, "user_id": "local", "version": 1}
+        )
     assert db.execute("SELECT count(*) FROM tasks").fetchone() == (2 * len(TEXTS),)
 
 
-def test_create_keeps_line_ends(psql: str, client: httpx.Client, conninfo: str) -> None:
+def test_create_stores_line_endings_unchanged(psql: str, client: httpx.Client, conninfo: str) -> None:
     [created] = rows_of(conninfo, "create", psql, task=json.dumps({"title": "a\r\nb\rc\nd"}))
-    assert shown(client, created["id"])["title"] == "a\r\nb\rc\nd"
+    assert api_task(client, created["id"])["title"] == "a\r\nb\rc\nd"
 
 
-@pytest.mark.parametrize("members", [{}, {"description": None}, {"description": ""}, {"description": NULL[1:-1]}])
-def test_create_tells_absent_null_and_empty_apart(
-    psql: str, members: dict[str, Any], client: httpx.Client, conninfo: str
+@pytest.mark.parametrize("fields", [{}, {"description": None}, {"description": ""}, {"description": NULL[1:-1]}])
+def test_create_distinguishes_absent_null_and_empty_descriptions(
+    psql: str, fields: dict[str, Any], client: httpx.Client, conninfo: str
 ) -> None:
-    [created] = rows_of(conninfo, "create", psql, task=json.dumps({"title": "Buy milk", **members}))
-    assert created["description"] == members.get("description") == shown(client, created["id"])["description"]
+    [created] = rows_of(conninfo, "create", psql, task=json.dumps({"title": "Buy milk", **fields}))
+    assert created["description"] == fields.get("description") == api_task(client, created["id"])["description"]
 
 
 @pytest.mark.parametrize(
@@ -99,45 +103,49 @@ def test_create_tells_absent_null_and_empty_apart(
         {},
     ],
 )
-def test_update_does_what_patch_does(
+def test_update_behaves_like_patch(
     psql: str, changes: dict[str, Any], client: httpx.Client, create: Create, conninfo: str
 ) -> None:
-    ours, theirs = (create("Buy milk", description="2 litres") for _ in range(2))
-    patched = client.patch(f"/api/tasks/{theirs['id']}", json=changes).json()
-    [updated] = rows_of(conninfo, "update", psql, task_id=ours["id"], changes=json.dumps(changes))
-    before = written(ours)
+    task_to_update, task_to_patch = (create("Buy milk", description="2 litres") for _ in range(2))
+    patched = client.patch(f"/api/tasks/{task_to_patch['id']}", json=changes).json()
+    [updated] = rows_of(conninfo, "update", psql, task_id=task_to_update["id"], changes=json.dumps(changes))
+    before = without_generated_fields(task_to_update)
     after = before | changes
-    assert written(updated) == written(patched) == after | {"version": 1 if after == before else 2}
-    assert list(updated.items()) == list(shown(client, ours["id"]).items())
+    assert (
+        without_generated_fields(updated)
+        == without_generated_fields(patched)
+        == after | {"version": 1 if after == before else 2}
+    )
+    assert list(updated.items()) == list(api_task(client, task_to_update["id"]).items())
 
 
-def test_update_with_nothing_changes_nothing(psql: str, create: Create, conninfo: str) -> None:
+def test_update_without_a_field_changes_nothing(psql: str, create: Create, conninfo: str) -> None:
     task = comparable(create(description=""))
     assert rows_of(conninfo, "update", psql, task_id=task["id"], changes="{}") == [task]
 
 
-def test_toggle_does_what_the_toggle_call_does(psql: str, client: httpx.Client, create: Create, conninfo: str) -> None:
+def test_toggle_behaves_like_the_toggle_call(psql: str, client: httpx.Client, create: Create, conninfo: str) -> None:
     task = create()
     for version in (2, 4):
         [toggled] = rows_of(conninfo, "toggle", psql, task_id=task["id"])
         assert (toggled["completed"], toggled["version"]) == (True, version)
-        assert toggled == shown(client, task["id"])
+        assert toggled == api_task(client, task["id"])
         assert client.post(f"/api/tasks/{task['id']}/toggle").json()["completed"] is False
 
 
-def test_get_shows_what_rest_shows(psql: str, client: httpx.Client, create: Create, conninfo: str) -> None:
+def test_get_returns_the_same_task_as_the_api(psql: str, client: httpx.Client, create: Create, conninfo: str) -> None:
     task = create(description="")
-    assert rows_of(conninfo, "get", psql, task_id=task["id"]) == [shown(client, task["id"])]
+    assert rows_of(conninfo, "get", psql, task_id=task["id"]) == [api_task(client, task["id"])]
 
 
-def test_delete_shows_the_task_as_it_last_was(psql: str, client: httpx.Client, create: Create, conninfo: str) -> None:
+def test_delete_returns_the_deleted_task(psql: str, client: httpx.Client, create: Create, conninfo: str) -> None:
     task = create()
     assert rows_of(conninfo, "delete", psql, task_id=task["id"]) == [comparable(task)]
     assert client.get(f"/api/tasks/{task['id']}").status_code == httpx.codes.NOT_FOUND
 
 
 @pytest.mark.usefixtures("db")
-def test_list_shows_what_rest_lists_up_to_its_limit(
+def test_list_returns_the_same_tasks_as_the_api_up_to_its_limit(
     psql: str, client: httpx.Client, create: Create, conninfo: str
 ) -> None:
     assert rows_of(conninfo, "list", psql) == []
@@ -149,43 +157,43 @@ def test_list_shows_what_rest_lists_up_to_its_limit(
     assert rows_of(conninfo, "list", psql, limit=2) == listed[:2]
 
 
-def test_list_shows_50_tasks_unless_told(psql: str, db: psycopg.Connection[TupleRow], conninfo: str) -> None:
+def test_list_returns_50_tasks_by_default(psql: str, db: psycopg.Connection[TupleRow], conninfo: str) -> None:
     db.execute("INSERT INTO tasks (user_id, title) SELECT 'local', n FROM generate_series(1, 60) AS n")
     assert [task["title"] for task in rows_of(conninfo, "list", psql)] == [str(n) for n in range(60, 10, -1)]
     assert len(rows_of(conninfo, "list", psql, limit=10_000)) == 60
 
 
 @pytest.mark.parametrize("name", ["get", "update", "toggle", "delete"])
-def test_a_task_that_is_not_there_is_no_row(psql: str, name: str, conninfo: str) -> None:
+def test_a_missing_task_returns_no_row(psql: str, name: str, conninfo: str) -> None:
     extra = {"changes": '{"title": "a"}'} if name == "update" else {}
     assert rows_of(conninfo, name, psql, task_id=2**63 - 1, **extra) == []
 
 
-def test_no_statement_sees_or_touches_another_users_task(
+def test_no_statement_returns_or_changes_a_task_of_another_user(
     psql: str, other_users_task: tuple[Any, ...], db: psycopg.Connection[TupleRow], conninfo: str
 ) -> None:
     task_id = other_users_task[0]
-    for user in ({}, {"user_id": "third"}):
-        assert rows_of(conninfo, "list", psql, **user) == []
-        assert rows_of(conninfo, "get", psql, task_id=task_id, **user) == []
-        assert rows_of(conninfo, "update", psql, task_id=task_id, changes='{"title": "Mine"}', **user) == []
-        assert rows_of(conninfo, "toggle", psql, task_id=task_id, **user) == []
-        assert rows_of(conninfo, "delete", psql, task_id=task_id, **user) == []
+    for user_parameter in ({}, {"user_id": "third"}):
+        assert rows_of(conninfo, "list", psql, **user_parameter) == []
+        assert rows_of(conninfo, "get", psql, task_id=task_id, **user_parameter) == []
+        assert rows_of(conninfo, "update", psql, task_id=task_id, changes='{"title": "Mine"}', **user_parameter) == []
+        assert rows_of(conninfo, "toggle", psql, task_id=task_id, **user_parameter) == []
+        assert rows_of(conninfo, "delete", psql, task_id=task_id, **user_parameter) == []
     assert db.execute("SELECT * FROM tasks").fetchall() == [other_users_task]
 
 
-def test_each_statement_serves_the_user_that_it_is_given(
+def test_each_statement_uses_the_given_user(
     psql: str, other_users_task: tuple[Any, ...], client: httpx.Client, conninfo: str
 ) -> None:
-    task_id, other = other_users_task[0], "other"
-    assert [task["id"] for task in rows_of(conninfo, "list", psql, user_id=other)] == [task_id]
-    assert [task["user_id"] for task in rows_of(conninfo, "get", psql, user_id=other, task_id=task_id)] == [other]
+    task_id, user_id = other_users_task[0], "other"
+    assert [task["id"] for task in rows_of(conninfo, "list", psql, user_id=user_id)] == [task_id]
+    assert [task["user_id"] for task in rows_of(conninfo, "get", psql, user_id=user_id, task_id=task_id)] == [user_id]
     assert (
-        rows_of(conninfo, "update", psql, user_id=other, task_id=task_id, changes='{"title": "a"}')[0]["version"] == 2
+        rows_of(conninfo, "update", psql, user_id=user_id, task_id=task_id, changes='{"title": "a"}')[0]["version"] == 2
     )
-    assert rows_of(conninfo, "toggle", psql, user_id=other, task_id=task_id)[0]["version"] == 3
-    assert rows_of(conninfo, "create", psql, user_id=other, task='{"title": "a"}')[0]["user_id"] == other
-    assert len(rows_of(conninfo, "delete", psql, user_id=other, task_id=task_id)) == 1
+    assert rows_of(conninfo, "toggle", psql, user_id=user_id, task_id=task_id)[0]["version"] == 3
+    assert rows_of(conninfo, "create", psql, user_id=user_id, task='{"title": "a"}')[0]["user_id"] == user_id
+    assert len(rows_of(conninfo, "delete", psql, user_id=user_id, task_id=task_id)) == 1
     assert client.get("/api/tasks").json() == []
 
 
@@ -193,7 +201,7 @@ def test_each_statement_serves_the_user_that_it_is_given(
 def test_a_value_never_becomes_sql(psql: str, name: str, db: psycopg.Connection[TupleRow], conninfo: str) -> None:
     db.execute("INSERT INTO tasks (user_id, title) VALUES ('local', 'Buy milk')")
     before = db.execute("SELECT * FROM tasks").fetchall()
-    good = {
+    valid_values = {
         "task": '{"title": "a"}',
         "changes": "{}",
         "task_id": 1,
@@ -205,27 +213,27 @@ def test_a_value_never_becomes_sql(psql: str, name: str, db: psycopg.Connection[
         "q": "",
         "after": "0_1",
     }
-    texts = {"user_id", "idempotency_key", "q"}  # any value is one
+    text_parameters = {"user_id", "idempotency_key", "q"}  # any value is valid
     file = f"sql/tasks/{name}.sql"
     text = (ROOT / file).read_text(encoding="utf-8")
-    for parameter in (parameter for parameter in good if f":'{parameter}'" in text):
+    for parameter in (parameter for parameter in valid_values if f":'{parameter}'" in text):
         for value in (INJECTION, "1; DROP TABLE tasks", "\\'; DROP TABLE tasks; --", ":'user_id'"):
-            done = run_psql(conninfo, file, {**good, parameter: value}, psql=psql)
-            assert done.returncode == (0 if parameter in texts else 3), done.stderr
-    created = {"create": 4, "create_once": 8}.get(name, 0)  # one for each text
+            result = run_psql(conninfo, file, {**valid_values, parameter: value}, psql=psql)
+            assert result.returncode == (0 if parameter in text_parameters else 3), result.stderr
+    created = {"create": 4, "create_once": 8}.get(name, 0)  # one task for each value of a text parameter
     assert db.execute("DELETE FROM tasks WHERE user_id <> 'local' RETURNING title").fetchall() == [("a",)] * created
     assert db.execute("SELECT * FROM tasks").fetchall() == before
 
 
-def head_of(file: str) -> list[str]:
-    """Give the lines of the comment at a file's head, without their dashes."""
+def head_comment(file: str) -> list[str]:
+    """Return the lines of the comment at the head of a file, without their dashes."""
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     return [line.removeprefix("--").removeprefix(" ") for line in takewhile(lambda line: line.startswith("--"), lines)]
 
 
 @pytest.mark.parametrize("file", TASK_FILES)
-def test_the_head_of_a_file_names_its_parameters_and_its_file(file: str) -> None:
-    head = head_of(file)
+def test_the_head_comment_of_a_file_lists_its_parameters_and_its_psql_line(file: str) -> None:
+    head = head_comment(file)
     parameters = statements.load()[file.removeprefix("sql/").removesuffix(".sql")].parameters
     types = ("bigint", "bigint[]", "integer", "jsonb", "text")
     assert {line.split()[0] for line in head if len(line.split()) > 1 and line.split()[1] in types} == parameters
@@ -236,16 +244,16 @@ def test_the_head_of_a_file_names_its_parameters_and_its_file(file: str) -> None
 
 @pytest.fixture(scope="module")
 def own_database(conninfo: str) -> Iterator[str]:
-    """Give the connection string of a database of these tests' own, where ids can be chosen."""
+    """Return the connection string of a database in which these tests may choose ids."""
     with new_database(conninfo) as database:
         migrations.apply(database)
         yield database
 
 
-def run_line_of(file: str, psql: str, conninfo: str) -> subprocess.CompletedProcess[str]:
-    """Run the psql line in a file's head as it is written there."""
-    head = head_of(file)
-    [start] = [number for number, line in enumerate(head) if line.startswith("psql ")]
+def run_psql_line(file: str, psql: str, conninfo: str) -> subprocess.CompletedProcess[str]:
+    """Run the psql line in the head comment of a file, exactly as it is written there."""
+    head = head_comment(file)
+    [start] = [index for index, line in enumerate(head) if line.startswith("psql ")]
     path = f"{Path(psql).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["sh", "-c", "\n".join(head[start:])],
@@ -258,7 +266,7 @@ def run_line_of(file: str, psql: str, conninfo: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("file", TASK_FILES)
-def test_the_psql_line_in_the_head_of_a_file_runs_as_it_is_written(psql: str, file: str, own_database: str) -> None:
+def test_the_psql_line_of_a_task_file_runs_as_it_is_written(psql: str, file: str, own_database: str) -> None:
     with psycopg.connect(own_database) as connection:
         connection.execute("DELETE FROM tasks")
         connection.execute("DELETE FROM idempotency_keys")
@@ -266,13 +274,13 @@ def test_the_psql_line_in_the_head_of_a_file_runs_as_it_is_written(psql: str, fi
             "INSERT INTO tasks (id, user_id, title) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'Buy milk')"
         )
         connection.execute("ALTER TABLE tasks ALTER id RESTART WITH 2")
-    done = run_line_of(file, psql, own_database)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert ("| a " if "create_once" in file else "Buy milk") in done.stdout
-    assert "(1 row)" in done.stdout
+    result = run_psql_line(file, psql, own_database)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("| a " if "create_once" in file else "Buy milk") in result.stdout
+    assert "(1 row)" in result.stdout
 
 
 @pytest.mark.parametrize("file", DATABASE_FILES)
-def test_the_psql_line_in_the_head_of_a_file_about_the_database_runs(psql: str, file: str, own_database: str) -> None:
-    done = run_line_of(file, psql, own_database)
-    assert (done.returncode, "ERROR" in done.stderr) == (0, False), done.stderr
+def test_the_psql_line_of_a_database_file_runs_as_it_is_written(psql: str, file: str, own_database: str) -> None:
+    result = run_psql_line(file, psql, own_database)
+    assert (result.returncode, "ERROR" in result.stderr) == (0, False), result.stderr

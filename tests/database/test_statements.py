@@ -1,4 +1,4 @@
-"""The loader of sql/: what becomes a parameter, what is left alone and what is refused; psql is the reference."""
+"""The loader of sql/: it reads each file as psql does, or rejects the file."""
 
 import subprocess
 from collections.abc import Iterator
@@ -13,30 +13,30 @@ from tests.support.psql import PSQLS
 from todo_api.database import statements
 from todo_api.database.statements import Statement, StatementError, parse
 
-HOSTILE = "'; DROP TABLE tasks; --"
+INJECTION = "'; DROP TABLE tasks; --"
 
 
 @pytest.fixture
 def connection(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
-    """Give a connection to the tests' database, as the pool makes them."""
+    """Return a connection to the tests' database, in autocommit mode as in the pool."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         yield connection
 
 
-def rows(text: str) -> str:
-    """Give the SQL that a file with this text becomes."""
+def loaded_sql(text: str) -> str:
+    """Return the SQL that the loader makes of a file with this text."""
     return parse("tasks/some", text).rows.decode()
 
 
-def refusal(text: str) -> str:
-    """Give the message with which a file with this text is refused."""
-    with pytest.raises(StatementError) as refused:
+def error_message(text: str) -> str:
+    """Return the message with which the loader rejects a file with this text."""
+    with pytest.raises(StatementError) as raised:
         parse("tasks/some", text)
-    return str(refused.value)
+    return str(raised.value)
 
 
 def execute(connection: psycopg.Connection[TupleRow], statement: Statement, **parameters: object) -> list[TupleRow]:
-    """Run a statement and give its rows."""
+    """Run a statement and return its rows."""
     return connection.execute(statement.rows, parameters).fetchall()
 
 
@@ -67,16 +67,16 @@ def test_a_quoted_variable_with_a_cast_becomes_a_bound_parameter() -> None:
         ":=",
         ":'näme'::text",
         ":é",
-        # psql pastes a quoted text right there, and what stands before it would become part of the literal.
+        # psql inserts a quoted literal here. With the characters before it, it would be another literal.
         "E:'name'::text",
         "U&:'name'::text",
         "'a':'name'::text",
         "1:'name'::text",
     ],
 )
-def test_any_other_variable_is_refused_with_file_and_line(variable: str) -> None:
+def test_any_other_variable_is_rejected_with_its_file_and_line(variable: str) -> None:
     text = f"-- What it does.\n\\set x 1\n\nSELECT\n    1,\n    {variable};\n"
-    assert refusal(text).startswith("tasks/some.sql, line 6: :")
+    assert error_message(text).startswith("tasks/some.sql, line 6: :")
 
 
 @pytest.mark.parametrize(
@@ -99,24 +99,24 @@ def test_any_other_variable_is_refused_with_file_and_line(variable: str) -> None
         "date'C:\\', ':a ; --'",
     ],
 )
-def test_text_in_quotes_is_left_alone(literal: str) -> None:
-    assert rows(f"SELECT {literal};\n") == f"SELECT {literal}".replace("%", "%%")
+def test_quoted_text_stays_unchanged(literal: str) -> None:
+    assert loaded_sql(f"SELECT {literal};\n") == f"SELECT {literal}".replace("%", "%%")
 
 
 @pytest.mark.parametrize(
     "comment",
     ["-- :a ; ' \" % $$ \\d\n", "/* :a ; ' \" % $$ \\d -- */", "/**/", "/*/ :a */", "/*\n\\if :a\n*/", "-- a\r"],
 )
-def test_text_in_comments_is_left_out(comment: str) -> None:
-    assert rows(f"SELECT 1 + {comment} 2;").split() == ["SELECT", "1", "+", "2"]
+def test_comments_are_removed(comment: str) -> None:
+    assert loaded_sql(f"SELECT 1 + {comment} 2;").split() == ["SELECT", "1", "+", "2"]
 
 
 def test_a_comment_separates_words() -> None:
-    assert rows("SELECT/**/1-/**/-1") == "SELECT 1- -1"
+    assert loaded_sql("SELECT/**/1-/**/-1") == "SELECT 1- -1"
 
 
-def test_casts_are_left_alone() -> None:
-    assert rows("SELECT a::int, '1'::int::text, b::'c'") == "SELECT a::int, '1'::int::text, b::'c'"
+def test_casts_stay_unchanged() -> None:
+    assert loaded_sql("SELECT a::int, '1'::int::text, b::'c'") == "SELECT a::int, '1'::int::text, b::'c'"
 
 
 def test_percent_signs_are_escaped(connection: psycopg.Connection[TupleRow]) -> None:
@@ -133,8 +133,8 @@ def test_percent_signs_are_escaped(connection: psycopg.Connection[TupleRow]) -> 
         "\\if :{?limit} \\else \\set limit 50 \\endif\r\n",
     ],
 )
-def test_lines_that_start_with_a_backslash_are_left_out(head: str) -> None:
-    assert rows(f"{head}SELECT 1;\n") == "SELECT 1"
+def test_psql_commands_before_the_statement_are_removed(head: str) -> None:
+    assert loaded_sql(f"{head}SELECT 1;\n") == "SELECT 1"
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_lines_that_start_with_a_backslash_are_left_out(head: str) -> None:
         ("\\\\ DELETE FROM tasks;\nSELECT 1;", 1),
     ],
 )
-def test_a_backslash_that_psql_obeys_elsewhere_is_refused(text: str, line: int) -> None:
-    assert refusal(text).startswith(f"tasks/some.sql, line {line}: ")
+def test_a_backslash_that_psql_reads_elsewhere_is_rejected(text: str, line: int) -> None:
+    assert error_message(text).startswith(f"tasks/some.sql, line {line}: ")
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_a_backslash_that_psql_obeys_elsewhere_is_refused(text: str, line: int) 
         "CREATE FUNCTION one() RETURNS int BEGIN ATOMIC SELECT 1; END;",
     ],
 )
-def test_two_statements_are_refused(text: str) -> None:
-    assert refusal(text) == "tasks/some.sql, line 1: ;: a file holds one statement"
+def test_a_file_with_two_statements_is_rejected(text: str) -> None:
+    assert error_message(text) == "tasks/some.sql, line 1: ;: a file holds one statement"
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "-- only a comment", "/* only a comment */", ";", "\\set a 1\n"])
-def test_no_statement_is_refused(text: str) -> None:
-    assert refusal(text) == "tasks/some.sql has no statement"
+def test_a_file_without_a_statement_is_rejected(text: str) -> None:
+    assert error_message(text) == "tasks/some.sql has no statement"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,9 @@ def test_no_statement_is_refused(text: str) -> None:
         "SELECT 1; -- ; :a\n",
     ],
 )
-def test_a_semicolon_in_a_string_or_a_comment_ends_nothing(text: str, connection: psycopg.Connection[TupleRow]) -> None:
+def test_a_semicolon_in_a_string_or_a_comment_does_not_end_the_statement(
+    text: str, connection: psycopg.Connection[TupleRow]
+) -> None:
     assert len(execute(connection, parse("tasks/some", text))) == 1
 
 
@@ -205,17 +207,17 @@ def test_a_semicolon_in_a_string_or_a_comment_ends_nothing(text: str, connection
         "SELECT E'continued'\n'in a \\' second'",
         "SELECT E'continued' -- behind a comment\n'in a \\' second'",
         "SELECT E'continued'\n'that\\'s -- no comment'",
-        # An identifier may hold a $, and then there is no quote; a number never starts one.
+        # A $ in an identifier does not start a quoted text, and neither does a $ before a digit.
         "SELECT 1 AS a$1$b$1$",
         "SELECT 1 AS a$$",
         "SELECT $1$ :a $1$",
-        # To psycopg this would be the first parameter.
+        # psycopg would pass $1 to PostgreSQL, which reads it as the first parameter.
         "SELECT $1::text, :'a'::text",
         "SELECT 1\0; DELETE FROM tasks",
     ],
 )
-def test_what_psql_could_read_otherwise_is_refused(text: str) -> None:
-    assert "psql may read this differently" in refusal(text)
+def test_a_file_that_psql_may_read_differently_is_rejected(text: str) -> None:
+    assert "psql may read this differently" in error_message(text)
 
 
 @pytest.mark.parametrize("psql", PSQLS)
@@ -232,7 +234,7 @@ def test_what_psql_could_read_otherwise_is_refused(text: str) -> None:
         "SELECT :'a'::text, /* -- */ 'x' -- /*\n, /*/ ' */ 'y' /***/;;\n-- end",
     ],
 )
-def test_loader_and_psql_read_a_file_alike(psql: str, text: str, tmp_path: Path, conninfo: str) -> None:
+def test_the_loader_and_psql_read_a_file_in_the_same_way(psql: str, text: str, tmp_path: Path, conninfo: str) -> None:
     file = tmp_path / "some.sql"
     file.write_bytes(text.encode())
     statement = statements.load(tmp_path)["some"]
@@ -253,23 +255,23 @@ def test_loader_and_psql_read_a_file_alike(psql: str, text: str, tmp_path: Path,
         str(file),
         conninfo,
     ]
-    theirs = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, check=True)
-    assert theirs.stdout.decode().rstrip("\0\n").split("\x1f") == [as_psql_shows(value) for value in row]
+    psql_result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, check=True)
+    assert psql_result.stdout.decode().rstrip("\0\n").split("\x1f") == [psql_text(value) for value in row]
 
 
-def as_psql_shows(value: object) -> str:
-    """Give the text that psql shows for a value."""
+def psql_text(value: object) -> str:
+    """Return the text that psql prints for a value."""
     return {True: "t", False: "f"}.get(value, "") if isinstance(value, bool) else str(value)
 
 
 def test_a_value_never_becomes_sql(connection: psycopg.Connection[TupleRow]) -> None:
     statement = parse("tasks/some", "SELECT :'a'::text AS a, length(:'a'::text) AS length;")
-    assert execute(connection, statement, a=HOSTILE) == [(HOSTILE, len(HOSTILE))]
-    [(json,)] = connection.execute(statement.row_json, {"a": HOSTILE}).fetchall()
-    assert json == {"a": HOSTILE, "length": len(HOSTILE)}
+    assert execute(connection, statement, a=INJECTION) == [(INJECTION, len(INJECTION))]
+    [(json,)] = connection.execute(statement.row_json, {"a": INJECTION}).fetchall()
+    assert json == {"a": INJECTION, "length": len(INJECTION)}
 
 
-def test_rows_come_as_one_object_or_one_array(connection: psycopg.Connection[TupleRow]) -> None:
+def test_rows_are_returned_as_one_json_object_or_array(connection: psycopg.Connection[TupleRow]) -> None:
     statement = parse("tasks/some", "SELECT n FROM generate_series(1, :'n'::int) AS n ORDER BY n DESC -- last\n;")
     assert connection.execute(statement.row_json, {"n": 1}).fetchall() == [({"n": 1},)]
     assert connection.execute(statement.row_json, {"n": 0}).fetchall() == []
@@ -277,7 +279,7 @@ def test_rows_come_as_one_object_or_one_array(connection: psycopg.Connection[Tup
     assert connection.execute(statement.rows_json, {"n": 0}).fetchall() == [("[]", 0)]
 
 
-def test_every_file_of_the_project_loads_under_its_name() -> None:
+def test_every_file_of_the_project_is_loaded_under_its_name() -> None:
     loaded = statements.load()
     files = {path.relative_to(statements.SQL).with_suffix("").as_posix() for path in statements.SQL.glob("[!m]*/*.sql")}
     assert set(loaded) == files
@@ -287,7 +289,7 @@ def test_every_file_of_the_project_loads_under_its_name() -> None:
     }
 
 
-def test_loading_stops_at_a_file_that_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_file_stops_the_loader(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "good.sql").write_text("SELECT 1;\n", encoding="utf-8")
     (tmp_path / "tasks" / "wrong.sql").write_text("SELECT\n:a;\n", encoding="utf-8")
@@ -295,7 +297,7 @@ def test_loading_stops_at_a_file_that_is_refused(tmp_path: Path) -> None:
         statements.load(tmp_path)
 
 
-def test_loading_a_folder_without_sql_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_sql_files_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(StatementError, match=r"has no \.sql file"):
         statements.load(tmp_path)
     with pytest.raises(StatementError, match=r"has no \.sql file"):
