@@ -1,1 +1,1 @@
-"""The PostgreSQL that the service brings."""
+"""The embedded PostgreSQL, which runs if there is no DATABASE_URL."""
