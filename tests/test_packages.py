@@ -1,4 +1,4 @@
-"""The rules of the packages, read from the code: what each may import, and where SQL and problems are written."""
+"""The rules for the packages, checked in the code: what each may import, and which module has SQL and problems."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ CODE = ROOT / "todo_api"
 MODULES = sorted(CODE.rglob("*.py"))
 TOP_LEVEL = {"todo_api", "sql", "tests", "wsgi.py", "requirements.txt", "README.md"}
 
-# What the modules of a place may import of this project. A place is a package or a module of todo_api.
+# The modules of this project that each place may import. A place is a package or a module of todo_api.
 PROJECT_IMPORTS = {
     "todo_api.config": set[str](),
     "todo_api.logs": set[str](),
@@ -28,7 +28,7 @@ PROJECT_IMPORTS = {
         "todo_api.startup",
     },
 }
-# The places that may import a library; all others may not.
+# The only places that may import each library.
 LIBRARIES = {
     "flask": {"todo_api", "todo_api.api", "todo_api.commands"},
     "flask_cors": {"todo_api.api"},
@@ -60,15 +60,15 @@ def place_of(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def tree(module: Path) -> ast.Module:
+def syntax_tree(module: Path) -> ast.Module:
     """Return the syntax tree of a module."""
     return ast.parse(module.read_text(encoding="utf-8"))
 
 
-def imports(module: Path) -> set[str]:
-    """Return the names of all modules that a module imports, also within functions."""
+def imported_names(module: Path) -> set[str]:
+    """Return the names of all modules that a module imports, including imports in functions."""
     found = set()
-    for node in ast.walk(tree(module)):
+    for node in ast.walk(syntax_tree(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -81,90 +81,98 @@ def imports(module: Path) -> set[str]:
     return found
 
 
-def strings(module: Path) -> list[str]:
-    """Return the strings of a module, without its docstrings."""
-    code = tree(module)
+def string_constants(module: Path) -> list[str]:
+    """Return the string constants of a module, without its docstrings."""
+    tree = syntax_tree(module)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(code) if isinstance(node, documented)}
-    found = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return [text for text in found if text not in docstrings]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_a_module_imports_of_the_project_only_what_its_place_may(module: Path) -> None:
-    imported = {place_of(name) for name in imports(module) if name.split(".")[0] == "todo_api"}
+def test_a_module_imports_only_what_its_place_may_import(module: Path) -> None:
+    imported = {place_of(name) for name in imported_names(module) if name.split(".")[0] == "todo_api"}
     assert imported - PROJECT_IMPORTS[place_of(name_of(module))] == set()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_is_imported_in_its_places_only(library: str) -> None:
+def test_a_library_is_imported_only_in_its_places(library: str) -> None:
     importing = {
-        place_of(name_of(module)) for module in MODULES if library in {name.split(".")[0] for name in imports(module)}
+        place_of(name_of(module))
+        for module in MODULES
+        if library in {name.split(".")[0] for name in imported_names(module)}
     }
     assert importing == LIBRARIES[library]
 
 
-def test_other_packages_use_the_functions_of_database_and_not_its_modules() -> None:
+def test_other_packages_do_not_import_the_modules_of_database() -> None:
     for module in MODULES:
         if place_of(name_of(module)) != "todo_api.database":
-            assert not [name for name in imports(module) if name.startswith("todo_api.database.")], module
+            assert not [name for name in imported_names(module) if name.startswith("todo_api.database.")], module
 
 
 def test_only_config_reads_the_environment() -> None:
-    readers = {name_of(module) for module in MODULES if re.search(r"\bos\.environ|from os import|getenv", code(module))}
+    readers = {
+        name_of(module)
+        for module in MODULES
+        if re.search(r"\bos\.environ|from os import|getenv", code_without_comments(module))
+    }
     assert readers == {"todo_api.config"}
 
 
-def code(module: Path) -> str:
+def code_without_comments(module: Path) -> str:
     """Return the code of a module without its comments."""
-    return ast.unparse(tree(module))
+    return ast.unparse(syntax_tree(module))
 
 
 def test_only_the_loader_opens_sql_files_and_contains_sql() -> None:
     loader = {"todo_api.database.statements"}
-    assert {name_of(module) for module in MODULES if any("*.sql" in text for text in strings(module))} == loader
-    assert {name_of(module) for module in MODULES if any(map(SQL_WORDS.search, strings(module)))} == loader
+    assert {
+        name_of(module) for module in MODULES if any("*.sql" in text for text in string_constants(module))
+    } == loader
+    assert {name_of(module) for module in MODULES if any(map(SQL_WORDS.search, string_constants(module)))} == loader
 
 
 @pytest.mark.parametrize("name", ["tasks", "health", "docs"])
 def test_routes_contain_no_try(name: str) -> None:
-    assert not [node for node in ast.walk(tree(CODE / "api" / f"{name}.py")) if isinstance(node, ast.Try)]
+    assert not [node for node in ast.walk(syntax_tree(CODE / "api" / f"{name}.py")) if isinstance(node, ast.Try)]
 
 
-def test_schemas_import_marshmallow_alone() -> None:
-    assert imports(CODE / "api" / "schemas.py") <= {"marshmallow", "re", "typing"}
+def test_schemas_import_only_marshmallow() -> None:
+    assert imported_names(CODE / "api" / "schemas.py") <= {"marshmallow", "re", "typing"}
 
 
 def test_only_problems_writes_the_body_of_a_failure() -> None:
-    writers = {name_of(module) for module in MODULES if "application/problem+json" in strings(module)}
+    writers = {name_of(module) for module in MODULES if "application/problem+json" in string_constants(module)}
     assert writers == {"todo_api.api.problems"}
 
 
-def test_only_sql_knows_the_columns_that_no_client_sends() -> None:
-    knowing = {
-        column: {name_of(module) for module in MODULES if column in strings(module)}
+def test_only_schemas_and_pages_name_the_times_of_a_task() -> None:
+    modules_by_column = {
+        column: {name_of(module) for module in MODULES if column in string_constants(module)}
         for column in ("created_at", "updated_at")
     }
-    # A cursor is made of created_at and id.
-    assert knowing == {
+    # A cursor contains created_at and id.
+    assert modules_by_column == {
         "created_at": {"todo_api.api.schemas", "todo_api.api.pages"},
         "updated_at": {"todo_api.api.schemas"},
     }
 
 
 def test_every_statement_is_called_by_the_name_of_its_file() -> None:
-    called = {text for module in MODULES for text in strings(module)}
-    called |= {f"database/{text}" for text in strings(CODE / "database" / "migrations.py")}
-    files = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "sql").glob("[!m]*/*.sql")}
-    assert len(files) > 6
-    assert files - called == set()
+    constants = {text for module in MODULES for text in string_constants(module)}
+    constants |= {f"database/{text}" for text in string_constants(CODE / "database" / "migrations.py")}
+    statements = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "sql").glob("[!m]*/*.sql")}
+    assert len(statements) > 6
+    assert statements - constants == set()
 
 
-def test_every_module_says_what_it_is_for() -> None:
-    assert [module for module in MODULES if not ast.get_docstring(tree(module))] == []
+def test_every_module_has_a_docstring() -> None:
+    assert [module for module in MODULES if not ast.get_docstring(syntax_tree(module))] == []
 
 
-def test_the_visible_top_level_is_fixed() -> None:
+def test_the_top_level_has_only_the_expected_files_and_folders() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     visible = {path.split("/")[0] for path in listed.stdout.splitlines() if not path.startswith(".")}
     assert visible == TOP_LEVEL
