@@ -4,6 +4,7 @@ from flask import Flask
 
 from todo_api import commands, config, startup
 from todo_api.api import body, cors, docs, health, middleware, openapi, problems, tasks
+from todo_api.api.application import Application
 from todo_api.database import Database
 
 
@@ -15,7 +16,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
 
     """
     settings = settings or config.load()
-    app = Flask(__name__, static_folder=None)
+    app = Application(__name__, static_folder=None)
     app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
     app.extensions["database"] = Database(
         lambda: startup.prepare(settings), connections=settings.web_threads, pooler=settings.database_pooler

@@ -8,6 +8,7 @@ def configure() -> None:
     """Send the log to standard error. The program calls this; ``create_app`` leaves the log to its caller."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("yoyo").setLevel(logging.WARNING)
-    logging.getLogger("psycopg.pool").setLevel(
-        logging.ERROR
-    )  # it warns of each attempt to connect; an Outage logs two lines
+    # The pool warns of each attempt to connect that fails. An Outage logs one line for all of them.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    # The lines do not show these, and each of them takes time for each line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 import psycopg
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
 from psycopg_pool import ConnectionPool
 
 from todo_api.api import pages
 from todo_api.database import statements
-from todo_api.database.connection import OPTIONS, AsBytes
+from todo_api.database.connection import OPTIONS
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -23,8 +25,16 @@ USER = {"user_id": "local"}
 FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.FIRST_PAGE}
 
 
+class AsBytes(Loader):
+    """Pass JSON on as the bytes that PostgreSQL sent."""
+
+    def load(self, data: Buffer) -> bytes:
+        """Copy the bytes."""
+        return bytes(data)
+
+
 def configure(connection: psycopg.Connection[Any]) -> None:
-    """Pass JSON on as bytes."""
+    """Register the loader."""
     for name in ("json", "text"):
         connection.adapters.register_loader(name, AsBytes)
 
@@ -33,17 +43,19 @@ pool = ConnectionPool(
     os.environ["DATABASE_URL"],
     min_size=4,
     configure=configure,
-    kwargs={"autocommit": True, "prepare_threshold": 0, "options": OPTIONS},
+    kwargs={"autocommit": True, "prepare_threshold": 0, "options": OPTIONS, "cursor_factory": psycopg.RawCursor},
     open=False,
 )
 
 
-def fetch(statement: bytes, parameters: dict[str, Any]) -> bytes:
+def fetch(name: str, parameters: dict[str, Any]) -> bytes:
     """Run a statement."""
     if pool.closed:
         pool.open()
+    statement = SQL[name]
+    text = statement.rows_json if name == "tasks/list" else statement.row_json
     with pool.connection() as connection:
-        row = connection.execute(statement, parameters).fetchone()
+        row = connection.execute(text, [parameters[name] for name in statement.parameters]).fetchone()
     return row[0] if row else b"null"
 
 
@@ -52,15 +64,15 @@ def app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable
     method, parts = environ["REQUEST_METHOD"], environ["PATH_INFO"].split("/")  # "", "api", "tasks", id, "toggle"
     task = USER | {"task_id": parts[3], "if_match": "{}"} if len(parts) > 3 else USER
     if len(parts) == 3 and method == "GET":
-        body = fetch(SQL["tasks/list"].rows_json, FIRST_PAGE | dict(parse_qsl(environ["QUERY_STRING"])))
+        body = fetch("tasks/list", FIRST_PAGE | dict(parse_qsl(environ["QUERY_STRING"])))
     elif len(parts) == 3:
-        body = fetch(SQL["tasks/create"].row_json, USER | {"task": read(environ)})
+        body = fetch("tasks/create", USER | {"task": read(environ)})
     elif len(parts) == 5:
-        body = fetch(SQL["tasks/toggle"].row_json, task)
+        body = fetch("tasks/toggle", task)
     elif method == "PATCH":
-        body = fetch(SQL["tasks/update"].row_json, task | {"changes": read(environ)})
+        body = fetch("tasks/update", task | {"changes": read(environ)})
     else:
-        body = fetch(SQL["tasks/get" if method == "GET" else "tasks/delete"].row_json, task)
+        body = fetch("tasks/get" if method == "GET" else "tasks/delete", task)
     start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
     return [body]
 

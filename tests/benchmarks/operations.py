@@ -52,13 +52,14 @@ def for_pgbench(operation: Operation) -> tuple[str, dict[str, str]]:
     }
 
     def in_pgbench(parameter: re.Match[str]) -> str:
-        value = variables.get(parameter[1], ":")
+        name = statement.parameters[int(parameter[1]) - 1]
+        value = variables.get(name, ":")
         if "{n}" in value:
             before, after = value.split("{n}")
             return f"('{before}' || :n::text || '{after}')"
         # pgbench has no variables without a value; a literal is to PostgreSQL's advantage.
-        return f":{parameter[1]}" if value else "''"
+        return f":{name}" if value else "''"
 
-    script = re.sub(r"%\((\w+)\)s", in_pgbench, sql).replace("%%", "%")
+    script = re.sub(r"\$(\d+)", in_pgbench, sql)
     used = {name: value for name, value in variables.items() if value and name in statement.parameters}
     return script, {name: value for name, value in used.items() if "{n}" not in value}

@@ -236,7 +236,7 @@ def test_the_head_comment_of_a_file_lists_its_parameters_and_its_psql_line(file:
     head = head_comment(file)
     parameters = statements.load()[file.removeprefix("sql/").removesuffix(".sql")].parameters
     types = ("bigint", "bigint[]", "integer", "jsonb", "text")
-    assert {line.split()[0] for line in head if len(line.split()) > 1 and line.split()[1] in types} == parameters
+    assert {line.split()[0] for line in head if len(line.split()) > 1 and line.split()[1] in types} == set(parameters)
     assert head[0].endswith(".") or head[1].endswith(".")
     assert head[-1].startswith("psql -X -v ON_ERROR_STOP=1 ")
     assert head[-1].endswith(f'-f {file} "$DATABASE_URL"')

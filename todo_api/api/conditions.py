@@ -27,6 +27,8 @@ def list_etag(tasks: bytes, cursor: str) -> str:
 
 def has_current(etag: str) -> bool:
     """Return whether the client has the answer with this ETag, as If-None-Match tells."""
+    if "If-None-Match" not in request.headers:
+        return False
     return request.if_none_match.contains_weak(etag.removeprefix("W/").strip('"'))
 
 

@@ -16,11 +16,11 @@ def init_app(app: Flask) -> None:
 @blueprint.get("/healthz")
 def live() -> JsonResponse:
     """Answer that the process lives. This needs no database."""
-    return JsonResponse('{"status": "ok"}')
+    return JsonResponse(b'{"status": "ok"}')
 
 
 @blueprint.get("/readyz")
 def ready() -> JsonResponse:
     """Answer that the database can be reached, or else with a 503 problem."""
     database.fetch_json("database/ready")
-    return JsonResponse('{"status": "ready"}')
+    return JsonResponse(b'{"status": "ready"}')

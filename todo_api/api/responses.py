@@ -1,17 +1,31 @@
 """The answers to successful requests: JSON as PostgreSQL wrote it, with its ETag."""
 
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
 from flask import Response
+from werkzeug.datastructures import Headers
 
 from todo_api.api import conditions
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 # A browser keeps the answer, and asks each time whether it is still current.
 _CACHE_CONTROL = "private, no-cache"
 
 
 class JsonResponse(Response):
-    """A JSON document."""
+    """A JSON document. Its headers are complete, so that Werkzeug need not look for what to add to them."""
 
-    default_mimetype = "application/json"
+    def __init__(self, json: bytes, status: int = 200) -> None:
+        """Create it."""
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(json)))]
+        super().__init__([json], status, headers, direct_passthrough=True)
+
+    def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
+        """Return the headers unchanged."""
+        return self.headers if self.status_code != HTTPStatus.NOT_MODIFIED else super().get_wsgi_headers(environ)
 
 
 def task_response(task: bytes, status: int = 200) -> Response:
@@ -27,7 +41,7 @@ def list_response(tasks: bytes, cursor: str) -> Response:
 def unless_current(response: Response) -> Response:
     """Return the response to a GET request, as a 304 without a body if the client has it already."""
     if conditions.has_current(response.headers["ETag"]):
-        response.status_code = 304  # Werkzeug then leaves out the body and its headers
+        response.status_code = HTTPStatus.NOT_MODIFIED  # Werkzeug then leaves out the body and its headers
     return response
 
 

@@ -105,8 +105,9 @@ def create_task(task: dict[str, Any]) -> Response:
         )
     else:
         raise MalformedRequest(f"Idempotency-Key must have 1 to {KEY_LENGTH} characters")
-    response = task_response(created or abort(422), 201)
-    response.headers["Location"] = f"{request.path}/{json.loads(response.data)['id']}"
+    created = created or abort(422)
+    response = task_response(created, 201)
+    response.headers["Location"] = f"{request.path}/{json.loads(created)['id']}"
     return response
 
 

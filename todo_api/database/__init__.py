@@ -4,8 +4,7 @@ This package knows no Flask, no gunicorn and no HTTP. The other packages use the
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -58,7 +57,8 @@ class Database:
             InvalidValueError: a parameter has a value that no column can hold.
 
         """
-        row = self._fetch_row(name, self._statements[name].row_json, parameters)
+        statement = self._statements[name]
+        row = self._fetch(name, statement.row_json, statement.values(parameters))
         return row[0] if row else None
 
     def fetch_json_list(self, name: str, **parameters: Any) -> tuple[bytes, int]:
@@ -71,26 +71,22 @@ class Database:
             InvalidValueError: a parameter has a value that no column can hold.
 
         """
-        return self._fetch_row(name, self._statements[name].rows_json, parameters) or (b"[]", 0)
+        statement = self._statements[name]
+        row = self._fetch(name, statement.rows_json, statement.values(parameters))
+        return (row[0], int(row[1])) if row else (b"[]", 0)
 
-    def _fetch_row(self, name: str, sql: bytes, parameters: dict[str, Any]) -> Any:
-        with _translated_errors(name), self.pool.connection() as connection:
-            return connection.run(sql, parameters).fetchone()
+    def _fetch(self, name: str, sql: bytes, values: list[bytes]) -> tuple[bytes, ...] | None:
+        try:
+            return self.pool.fetch(sql, values)
+        except psycopg.Error as error:
+            if (known := translated(error)) is error:
+                raise  # a bug
+            # The message is not logged: it may contain what a user has stored.
+            log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
+            raise known from error
 
 
 def connect_all() -> None:
     """Fill the pool of every Database of this process, or return early if its server cannot be reached."""
     for database in list(_databases):
         database.pool.fill()
-
-
-@contextmanager
-def _translated_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except psycopg.Error as error:
-        if (known := translated(error)) is error:
-            raise  # a bug
-        # The message is not logged: it may contain what a user has stored.
-        log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
-        raise known from error

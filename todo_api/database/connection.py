@@ -6,12 +6,12 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import psycopg
-from psycopg.abc import RV, Buffer, PQGen
-from psycopg.adapt import Loader
+from psycopg.pq import DiagnosticField, ExecStatus
+from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 
 from todo_api.database import statements, url
@@ -44,12 +44,12 @@ NETWORK: dict[str, Any] = {
     "tcp_user_timeout": 2000,  # milliseconds
 }
 # An error must reach the client within a second.
-_INTERVAL = 0.14  # seconds without a byte from the server
+_INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_CANCEL = 4  # silent intervals after which the statement is cancelled
 _INTERVALS_TO_FAIL = 6  # silent intervals after which the connection is given up
 _CANCEL_TIMEOUT = 0.2  # seconds
-_RETRY_TIMEOUT = 0.5  # seconds after which a statement is not tried again
-_LONGEST_PAUSE = 0.02  # seconds before another try
+_PAUSES = [0.001, 0.002, 0.004, 0.008, *[0.016] * 46]  # at most, in seconds, before a statement is tried again
+_SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: on, for 0 seconds
 
 
@@ -62,14 +62,16 @@ class Unreplicated(psycopg.OperationalError):
 
 
 class Connection(psycopg.Connection[TupleRow]):
-    """A connection that cancels a silent statement, and gives up if the server stays silent."""
+    """A connection that cancels a silent statement, and gives up if the server stays silent.
 
-    # There are few statements, so that each is prepared once per connection. In autocommit mode each call is one
-    # statement and its own transaction.
+    psycopg makes and closes it. The statements go through psycopg.pq, its interface to libpq: they are few, their
+    parameters are texts, their results are passed on as bytes, and the wait for a result is ours.
+    """
+
     arguments: dict[str, Any] = {
-        "autocommit": True,
-        "prepare_threshold": 0,
+        "autocommit": True,  # each call is one statement, and its own transaction
         "application_name": "todo_api",
+        "client_encoding": "UTF8",
         **NETWORK,
     }
     _unreplicated = False
@@ -101,25 +103,10 @@ class Connection(psycopg.Connection[TupleRow]):
 
     def configure(self) -> None:
         """Prepare the connection for use, once."""
-        for name in ("json", "text"):
-            self.adapters.register_loader(name, AsBytes)
         self.add_notice_handler(self._handle_notice)
-
-    def run(self, sql: bytes, parameters: dict[str, Any]) -> psycopg.Cursor[TupleRow]:
-        """Run a statement, and run it again if PostgreSQL rolled it back in favour of another one.
-
-        That happens if the database's default isolation level is stricter than READ COMMITTED, and to end a deadlock.
-        """
-        deadline = time.monotonic() + _RETRY_TIMEOUT
-        pause = _LONGEST_PAUSE / 16
-        while True:
-            try:
-                return self.execute(sql, parameters)
-            except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(random.uniform(0, pause))
-                pause = min(2 * pause, _LONGEST_PAUSE)
+        self._names: dict[bytes, bytes] = {}  # of the statements that are prepared
+        self._poll = select.poll()  # select.select accepts file descriptors up to 1023 only
+        self._poll.register(self.fileno(), select.POLLIN)
 
     def has_ended(self) -> bool:
         """Return whether the server has closed this idle connection: then there is something to read.
@@ -127,23 +114,26 @@ class Connection(psycopg.Connection[TupleRow]):
         The pool's own check asks the server, which costs a round trip for each request, and after a restart it waits
         for seconds between one dead connection and the next.
         """
-        try:
-            readable = select.poll()  # select.select accepts file descriptors up to 1023 only
-            readable.register(self.fileno(), select.POLLIN)
-            return bool(readable.poll(0))
-        except (psycopg.Error, OSError, ValueError):
-            return True  # it cannot be examined, so that it cannot be used
+        return self.closed or bool(self._poll.poll(0))
 
-    def wait(self, gen: PQGen[RV], interval: float = 0, timeout: float | None = None) -> RV:
-        """Wait for one of psycopg's generators, and look for silence at an interval of our own.
+    def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
+        """Run a statement and return its first row, or None if there is no row.
+
+        The statement is tried again if PostgreSQL rolled it back in favour of another one. That happens if the
+        database's default isolation level is stricter than READ COMMITTED, and to end a deadlock.
 
         Raises:
             Silence: nothing arrived for too long; the connection must be abandoned.
             Unreplicated: the commit is not on the standby that it should be on.
+            psycopg.Error: the statement failed.
 
         """
-        del interval
-        return super().wait(self._noticing_silence(gen), _INTERVAL, timeout)
+        for pause in _PAUSES:
+            try:
+                return self._fetch(sql, values)
+            except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+                time.sleep(random.uniform(0, pause))
+        return self._fetch(sql, values)
 
     def abandon(self) -> None:
         """Close the connection, and discard what is still on its way to the server."""
@@ -153,22 +143,49 @@ class Connection(psycopg.Connection[TupleRow]):
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.close()
 
-    def _noticing_silence(self, gen: PQGen[RV]) -> PQGen[RV]:
-        """Run a generator, and count the intervals in which its socket was not ready."""
-        silent = 0
-        try:
-            wanted = next(gen)
-            while True:
-                if ready := (yield wanted):
-                    silent = 0
-                    wanted = gen.send(ready)
-                else:
-                    silent += 1
-                    self._handle_silence(silent)
-        except StopIteration as end:
-            self._check_replicated()
-            value: RV = end.value
-            return value
+    def _fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
+        self._send(sql, values)
+        result = self._result()
+        if not result.ntuples:
+            return None
+        return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
+
+    def _send(self, sql: bytes, values: Sequence[bytes]) -> None:
+        """Send a prepared statement. There are few statements, so that each is prepared once per connection."""
+        name = self._names.get(sql)
+        if name is None:
+            name = f"todo_api_{len(self._names)}".encode()
+            self.pgconn.send_prepare(name, sql)
+            self._result()
+            self._names[sql] = name
+        self.pgconn.send_query_prepared(name, values)
+
+    def _result(self) -> PGresult:
+        """Wait until a statement is done, and return its result."""
+        results = []
+        while result := self._next_result():
+            results.append(result)
+        for result in results:  # an error can follow the rows, if the commit fails
+            if result.status not in _SUCCESS:
+                raise _error(result)
+        if self._unreplicated:
+            self._unreplicated = False
+            raise Unreplicated("the wait for a synchronous standby was cancelled")
+        return results[0]
+
+    def _next_result(self) -> PGresult | None:
+        """Wait for the next result, or None after the last one, and notice if nothing arrives for too long."""
+        pgconn = self.pgconn
+        silent = 0  # intervals
+        while (unsent := pgconn.flush()) or pgconn.is_busy():
+            self._poll.modify(pgconn.socket, select.POLLIN | select.POLLOUT if unsent else select.POLLIN)
+            if self._poll.poll(_INTERVAL):
+                silent = 0
+                pgconn.consume_input()
+            else:
+                silent += 1
+                self._handle_silence(silent)
+        return pgconn.get_result()
 
     def _handle_silence(self, intervals: int) -> None:
         if intervals == _INTERVALS_TO_CANCEL:
@@ -184,16 +201,9 @@ class Connection(psycopg.Connection[TupleRow]):
         # PostgreSQL reports this in a warning, whose text depends on its language.
         self._unreplicated |= notice.source_function == "SyncRepWaitForLSN"
 
-    def _check_replicated(self) -> None:
-        if self._unreplicated:
-            self._unreplicated = False
-            raise Unreplicated("the wait for a synchronous standby was cancelled")
-
 
 class PoolerConnection(Connection):
     """A connection to a pooler in transaction mode: it has no prepared statements and no session settings."""
-
-    arguments = Connection.arguments | {"prepare_threshold": None}
 
     @classmethod
     def complete(cls, conninfo: str) -> str:
@@ -203,15 +213,23 @@ class PoolerConnection(Connection):
     def configure(self) -> None:
         """Prepare the connection, and ask PostgreSQL: a pooler accepts clients while its server is away."""
         super().configure()
-        self.execute(statements.load()["database/session"].rows)
+        self.fetch(statements.load()["database/session"].rows, [])
+
+    def _send(self, sql: bytes, values: Sequence[bytes]) -> None:
+        """Send a statement without a name."""
+        self.pgconn.send_query_params(sql, values)
 
 
-class AsBytes(Loader):
-    """Returns a value as the bytes that PostgreSQL sent. They go to the client unchanged."""
-
-    def load(self, data: Buffer) -> bytes:
-        """Copy the bytes."""
-        return bytes(data)
+def _error(result: PGresult) -> psycopg.Error:
+    """Return psycopg's error for a failed result."""
+    state = result.error_field(DiagnosticField.SQLSTATE)
+    message = result.error_message.decode(errors="replace").strip()
+    if state is None:
+        return psycopg.OperationalError(message)  # the connection broke
+    try:
+        return psycopg.errors.lookup(state.decode())(message)
+    except KeyError:
+        return psycopg.DatabaseError(message)
 
 
 def has_session_settings(conninfo: str) -> bool:
@@ -225,7 +243,7 @@ def has_session_settings(conninfo: str) -> bool:
     """
     try:
         with Connection.connect(conninfo, **Connection.arguments) as connection:
-            row = connection.execute(statements.load()["database/session"].rows).fetchone()
+            row = connection.fetch(statements.load()["database/session"].rows, [])
     except psycopg.OperationalError as error:
         if "unsupported startup parameter" in str(error):
             return False

@@ -133,4 +133,5 @@ def _checksum(migration: Migration) -> str:
 
 
 def _run(backend: _Backend, name: str, **parameters: str) -> psycopg.Cursor[TupleRow]:
-    return backend.connection.execute(statements.load()[f"database/{name}"].rows, parameters)
+    statement = statements.load()[f"database/{name}"]
+    return psycopg.RawCursor(backend.connection).execute(statement.rows, [parameters[n] for n in statement.parameters])

@@ -1,8 +1,7 @@
 """The pool of connections: hands out a connection that works, or fails at once if there can be none."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout
@@ -44,17 +43,17 @@ class Pool:
                 return
             time.sleep(_POLL)
 
-    @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """Lend a live connection.
+    def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
+        """Run a statement on a live connection, and return its first row, or None if there is no row.
 
         Raises:
-            UnavailableError: there is none.
+            UnavailableError: there is no connection.
+            psycopg.Error: the statement failed.
 
         """
         connection = self._get_live()
         try:
-            yield connection
+            return connection.fetch(sql, values)
         except Silence:
             connection.abandon()
             self._pool.drain()  # so that no other request has to wait for the same silence

@@ -1,4 +1,4 @@
-"""The files in sql/, which psql runs unchanged, as statements for psycopg.
+"""The files in sql/, which psql runs unchanged, as statements with bound parameters.
 
 A file holds one statement. A parameter is written ``:'name'::type``, as a quoted variable of psql; the loader turns it
 into a bound parameter, never into text. Lines before the statement that start with a backslash give psql its defaults;
@@ -8,8 +8,11 @@ is loaded.
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from todo_api.database.errors import InvalidValueError
 
 SQL = Path(__file__).resolve().parents[2] / "sql"
 MIGRATIONS = SQL / "migrations"
@@ -38,7 +41,6 @@ _TOKEN = re.compile(
     | (?P<end>       ;(?:;|{_BLANK})*\Z )
     | (?P<more>      ; )
     | (?P<unclear>   ['"$\\\0] | /\* )
-    | (?P<percent>   % )
     """,
     _FLAGS,
 )
@@ -51,39 +53,52 @@ _ERRORS = {
 
 
 class StatementError(Exception):
-    """psql and psycopg would read a .sql file differently."""
+    """psql and PostgreSQL would read a .sql file differently."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One .sql file, ready for psycopg.
+    """One .sql file, with $1, $2 and so on for its parameters.
 
     ``rows`` is the file's statement. ``row_json`` returns its only row as a JSON object (no row if there is none).
-    ``rows_json`` returns its rows as the text of one JSON array, in their order, and their number. The queries are
-    bytes, because psycopg's types accept a ``str`` only if it is a literal in Python.
+    ``rows_json`` returns its rows as the text of one JSON array, in their order, and their number.
     """
 
-    parameters: frozenset[str]
+    parameters: tuple[str, ...]
     rows: bytes
     row_json: bytes
     rows_json: bytes
+
+    def values(self, given: Mapping[str, object]) -> list[bytes]:
+        """Return the values of the parameters in their order, as texts in UTF-8.
+
+        Raises:
+            InvalidValueError: a text has a NUL or a lone surrogate, which PostgreSQL cannot hold.
+
+        """
+        texts = [str(given[name]) for name in self.parameters]
+        if "\0" in "".join(texts):  # libpq would cut the value there
+            raise InvalidValueError("a NUL")
+        try:
+            return [text.encode() for text in texts]
+        except UnicodeEncodeError as error:
+            raise InvalidValueError("a lone surrogate") from error
 
 
 def parse(name: str, text: str) -> Statement:
     """Return the statement of a file's text.
 
     Raises:
-        StatementError: the text has no statement or more than one, or psql and psycopg would read it differently.
+        StatementError: it has no statement or more than one, or psql and PostgreSQL would read it differently.
 
     """
-    parameters: set[str] = set()
+    numbers: dict[str, int] = {}
     statement = _HEAD.sub("", text, count=1)
 
     def replace(token: re.Match[str]) -> str:
         match token.lastgroup:
             case "parameter":
-                parameters.add(token["parameter"])
-                return f"%({token['parameter']})s"
+                return f"${numbers.setdefault(token['parameter'], len(numbers) + 1)}"
             case "comment":
                 return " "  # as in PostgreSQL: a/**/b is two words
             case "end":
@@ -92,7 +107,7 @@ def parse(name: str, text: str) -> Statement:
                 line = text.count("\n", 0, len(text) - len(statement) + token.start()) + 1
                 raise StatementError(f"{name}.sql, line {line}: {token[0]}: {_ERRORS[kind]}")
             case _:
-                return token[0].replace("%", "%%")
+                return token[0]
 
     rows = _TOKEN.sub(replace, statement).strip()
     if not rows:
@@ -100,7 +115,7 @@ def parse(name: str, text: str) -> Statement:
     parts = _as_row(name, rows)
     elements = f"string_agg(row_to_json(row)::text, '{SEPARATOR.decode()}')"
     return Statement(
-        parameters=frozenset(parameters),
+        parameters=tuple(numbers),
         rows=rows.encode(),
         row_json=f"{parts} SELECT row_to_json(row) FROM row".encode(),
         rows_json=f"{parts} SELECT concat('[', {elements}, ']'), count(*) FROM row".encode(),

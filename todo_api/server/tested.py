@@ -20,6 +20,7 @@ OVERRIDDEN = {
     _RESPONSE: {"start_response", "write", "default_headers"},
     "gunicorn.http.wsgi": {"Response"},
     "gunicorn.http.body:Body": {"read"},
+    "gunicorn.config:Config": {"__getattr__"},  # it looks a setting up, if there is no such attribute
     "gunicorn.util": {"write_error", "write_nonblock"},
 }
 
