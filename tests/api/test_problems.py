@@ -80,7 +80,7 @@ def test_a_bug_returns_500_and_only_the_log_has_its_traceback(broken_service: Se
 def disconnected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run a service whose database cannot be reached."""
     url = UNREACHABLE.format(port=free_port())
-    service = Service(tmp_path_factory.mktemp("cut_off") / "log", DATABASE_URL=url, WEB_CONCURRENCY=1)
+    service = Service(tmp_path_factory.mktemp("disconnected") / "log", DATABASE_URL=url, WEB_CONCURRENCY=1)
     wait_until(lambda: service.answers("/healthz"))
     yield service
     assert service.stop() == 0
