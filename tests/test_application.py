@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
+from tests.support.databases import as_url, new_database
 from tests.support.environment import POOLER
 from tests.support.fixtures import Start
 from tests.support.processes import free_port, wait_until
@@ -59,18 +61,19 @@ def test_each_application_has_its_own_database_and_outage(database_url: str, cap
 
 
 def test_an_application_in_other_middleware_is_connected_before_its_first_request(
-    tmp_path: Path, database_url: str, conninfo: str, start: Start
+    tmp_path: Path, conninfo: str, start: Start
 ) -> None:
     (tmp_path / "wrapped.py").write_text(WRAPPED_MODULE)
     command = [sys.executable, "-m", "gunicorn", "-c", "python:todo_api.server.gunicorn_conf", "wrapped:app"]
-    url = f"{database_url}&application_name=wrapped"
-    service = start(command=command, PYTHONPATH=tmp_path, DATABASE_URL=url, WEB_THREADS=3)
+    with new_database(conninfo) as database:
 
-    def connected() -> int:
-        with psycopg.connect(conninfo) as db:
-            found = db.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'todo_api%'")
-            return len(found.fetchall())
+        def connections() -> int:
+            with psycopg.connect(conninfo) as db:
+                query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name = 'todo_api'"
+                return len(db.execute(query, [conninfo_to_dict(database)["dbname"]]).fetchall())
 
-    wait_until(lambda: "serving" in service.log() and connected() > 0)
-    assert service.wait().client.get("/api/tasks").status_code == 200
+        service = start(command=command, PYTHONPATH=tmp_path, DATABASE_URL=as_url(database), WEB_THREADS=3)
+        wait_until(lambda: connections() == 3)
+        assert service.wait().client.get("/api/tasks").status_code == 200
+        assert service.stop() == 0
     assert "Traceback" not in service.log()
