@@ -10,5 +10,3 @@ def configure() -> None:
     logging.getLogger("yoyo").setLevel(logging.WARNING)
     # The pool warns of each attempt to connect that fails. An Outage logs one line for all of them.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-    # The lines do not show these, and each of them takes time for each line.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
