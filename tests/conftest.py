@@ -68,7 +68,11 @@ def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with new_database(given) as database:
             yield database
     else:
-        yield embedded.start(tmp_path_factory.mktemp("data"))
+        database = embedded.start(tmp_path_factory.mktemp("data"))
+        with psycopg.connect(database, user="postgres", autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")  # see tests/support/postgres.py
+            connection.execute("SELECT pg_reload_conf()")
+        yield database
 
 
 @pytest.fixture(scope="session")

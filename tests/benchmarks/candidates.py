@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.support.databases import as_url
 from tests.support.environment import ROOT, environment
-from tests.support.processes import free_port
+from tests.support.processes import children, free_port
 
 WORKERS = 2
 THREADS = 4
@@ -65,8 +65,8 @@ class Candidate:
 
     def processes(self) -> list[psutil.Process]:
         """Give the master and its workers, without a database's processes."""
-        children = [child for child in self.process.children(recursive=True) if child.name() != "postgres"]
-        return [psutil.Process(self.process.pid), *children]
+        started = children(self.process.pid, recursive=True)
+        return [psutil.Process(self.process.pid), *(child for child, name in started.items() if name != "postgres")]
 
     def memory(self) -> float:
         """Give the memory that it takes, in MiB; what its processes share counts once (PSS)."""

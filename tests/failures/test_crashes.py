@@ -18,8 +18,8 @@ import pytest
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Call, Load, assert_acknowledged_once, assert_unavailable, create
 from tests.support.optional_tools import program
-from tests.support.processes import free_port, postmaster_in, servers_in, wait_until
-from tests.support.service import Service
+from tests.support.processes import free_port, postmaster_in, postmasters_in, servers_in, wait_until
+from tests.support.service import Service, workers
 
 
 def conninfo(host: Path, user: str = "todo") -> str:
@@ -39,15 +39,14 @@ def kill_master(service: Service, _: Path) -> None:
 
 def kill_worker(service: Service, _: Path) -> None:
     """SIGKILL one of the workers."""
-    children = psutil.Process(service.process.pid).children()
-    for worker in [child for child in children if child.name() != "postgres"][:1]:
+    for worker in workers(service)[:1]:
         worker.kill()
 
 
 def kill_postmaster(_: Service, data_dir: Path) -> None:
     """SIGKILL PostgreSQL's first process; the others notice it."""
-    with suppress(ValueError):  # it is being started just now
-        postmaster_in(data_dir).kill()
+    for postmaster in postmasters_in(data_dir):  # none, where it is being started just now
+        postmaster.kill()
 
 
 def kill_backend(_: Service, data_dir: Path) -> None:
@@ -106,8 +105,7 @@ def test_two_services_agree_on_a_new_server_which_outlives_its_starter(tmp_path:
     with Load(first.wait(), 4) as load, Load(second.wait(), 4) as other_load:
         for _ in range(2):
             (killed := postmaster_in(tmp_path)).kill()
-            while killed in servers_in(tmp_path):  # it stays for the service to look after it, as a zombie
-                time.sleep(0.02)
+            wait_until(partial(is_gone, killed, tmp_path))
             wait_until(lambda: all(service.answers() for service in (first, second)))
             assert postmaster_in(tmp_path) != killed
         time.sleep(0.5)
@@ -124,6 +122,11 @@ def test_two_services_agree_on_a_new_server_which_outlives_its_starter(tmp_path:
     assert postmaster_in(tmp_path) == server
     assert survivor.stop() == 0
     assert servers_in(tmp_path) == []
+
+
+def is_gone(server: psutil.Process, folder: Path) -> bool:
+    """Say whether a server is none any more; as a zombie it stays for the service to look after it."""
+    return server not in servers_in(folder)
 
 
 def test_a_server_that_hangs_holds_up_no_call(tmp_path: Path, start: Start) -> None:

@@ -1,6 +1,7 @@
 """``flask migrate``, ``flask psql`` and ``flask openapi``, as a person types them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import psutil
+import psycopg
 import pytest
 
 from tests.support.environment import ROOT, environment
-from tests.support.processes import postmaster_in, servers_in, wait_until
+from tests.support.processes import children, postmaster_in, servers_in, wait_until
 from tests.support.service import Service
 
 FLASK = [sys.executable, "-m", "flask", "--app", "wsgi"]
@@ -107,7 +109,7 @@ def test_psqls_server_stops_when_the_terminal_is_closed(number: signal.Signals, 
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(DATA_DIR=tmp_path / "data"), stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: "psql" in [child.name() for child in psutil.Process(process.pid).children()])
+    wait_until(lambda: "psql" in children(process.pid).values())
     process.send_signal(number)
     time.sleep(0.03)
     process.send_signal(number)  # terminals and shells do so, too
@@ -122,10 +124,9 @@ def test_ctrl_c_cancels_the_statement_in_psql(data_dir: Path) -> None:
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(DATA_DIR=data_dir), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_until(lambda: "psql" in [child.name() for child in psutil.Process(process.pid).children()])
-    time.sleep(0.2)  # psql connects
-    for running in [*psutil.Process(process.pid).children(), psutil.Process(process.pid)]:
-        running.send_signal(signal.SIGINT)  # as a terminal does
+    with psycopg.connect(f"host={data_dir / 'postgres'} port=5432 user=todo dbname=todo", autocommit=True) as db:
+        wait_until(lambda: db.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'").rowcount > 0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert "canceling statement due to user request" in errors
@@ -139,7 +140,7 @@ def test_psql_uses_database_url_and_keeps_its_password_out_of_sight(tmp_path: Pa
     process = subprocess.Popen(command, cwd=ROOT, env=environment(DATABASE_URL=url, DATA_DIR=tmp_path / "data"))
 
     def running() -> list[psutil.Process]:
-        return [child for child in psutil.Process(process.pid).children() if child.name() == "psql"]
+        return [child for child, name in children(process.pid).items() if name == "psql"]
 
     wait_until(lambda: bool(running()))
     [child] = running()

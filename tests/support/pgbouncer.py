@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from tempfile import TemporaryDirectory
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
+
+from tests.support.processes import free_port
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
 _NOBODY = 65534
@@ -41,8 +42,7 @@ class PgBouncer:
     def __init__(self, folder: Path, conninfo: str, **settings: object) -> None:
         """Start it; ``settings`` go before its usual ones here."""
         self._folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         server = {name: conninfo_to_dict(conninfo).get(name) for name in ("host", "port", "user", "password")}
         target = " ".join(f"{name}='{value}'" for name, value in server.items() if value)
         lines = [f"{name} = {value}" for name, value in (_SETTINGS | {"listen_port": self._port} | settings).items()]

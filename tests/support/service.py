@@ -1,6 +1,7 @@
 """A service that runs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import httpx
 import psutil
 
 from tests.support.environment import ROOT, environment
-from tests.support.processes import START_TIMEOUT, free_port
+from tests.support.processes import START_TIMEOUT, children, free_port
 
 
 class Service:
@@ -23,7 +24,7 @@ class Service:
         self.log_file = log
         cwd = options.pop("cwd", ROOT)
         prefix = options.pop("prefix", [])
-        self.port = options.setdefault("PORT", free_port())
+        self.port = options["PORT"] = options.get("PORT") or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -41,12 +42,20 @@ class Service:
         """Read what it has logged so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
+    def took(self, status: int) -> list[float]:
+        """Give the seconds that each answer of a status took, as it has logged them."""
+        return [float(found) / 1000 for found in re.findall(rf" {status} ([\d.]+)ms ", self.log())]
+
     def answers(self, path: str = "/readyz") -> bool:
         """Say whether it answers a GET with 200."""
         try:
             return self.client.get(path).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
+
+    def serves(self) -> bool:
+        """Say whether its own workers answer; on the port of a master that was killed, that one's do for a second."""
+        return "serving http" in self.log() and self.answers()
 
     def wait(self) -> "Service":
         """Wait until it can reach its database."""
@@ -72,6 +81,6 @@ class Service:
 
 
 def workers(service: Service) -> list[psutil.Process]:
-    """Find the master's children that are not PostgreSQL."""
-    children = psutil.Process(service.process.pid).children()
-    return [child for child in children if child.name() != "postgres"]
+    """Find the master's children that are of its kind; PostgreSQL, and what looks after that, are not."""
+    pid = service.process.pid
+    return [child for child, name in children(pid).items() if name == psutil.Process(pid).name()]
