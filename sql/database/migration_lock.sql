@@ -1,4 +1,4 @@
--- Waits until no other process migrates this database.
+-- Waits until no other process migrates this database, and takes the lock for migrations.
 -- The lock ends with the transaction. So a killed process leaves no lock behind, and a pooler in transaction mode does
 -- not keep it on a connection that another client uses.
 --

@@ -1,6 +1,6 @@
 -- Creates a task, unless its idempotency key was used before, and returns the task as it was created.
 -- A retry returns this task again, even if it was changed or deleted in between. There is no row if the key was used
--- with another task. A key is kept for at least 24 hours; each call deletes a few older keys.
+-- with another task. A key is kept for at least 24 hours; each run deletes up to 10 older keys.
 --
 -- task             jsonb  as in create.sql
 -- idempotency_key  text   the key that the client chose for this request, 1 to 255 characters
@@ -37,7 +37,7 @@ expired AS (
 ),
 
 -- The row of the first request with this key. A concurrent second request waits here until the first one has ended,
--- and then finds its row. The update changes nothing. Without it, PostgreSQL would not return a row that was committed
+-- and then finds its row. The update changes no value. Without it, PostgreSQL would not return a row that was committed
 -- while this statement waited.
 kept AS (
     INSERT INTO idempotency_keys AS known (user_id, key, task, task_id, created_at)

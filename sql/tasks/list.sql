@@ -4,8 +4,8 @@
 -- limit      integer  the largest number of tasks (default in psql: 50)
 -- completed  text     true or false; '' for both (default in psql: '')
 -- q          text     a substring of the title or the description, case-insensitive; '' for all (default in psql: '')
--- after      text     the end of the page before: created_at of its last task, in microseconds since 1970, and the id
---                     of that task, with _ between them (default in psql: the year 10000); the task may be deleted
+-- after      text     the cursor: created_at of the last task before the page, in microseconds since 1970, and its id,
+--                     joined by _ (default in psql: the year 10000); that task need not exist any more
 --
 -- psql -X -v ON_ERROR_STOP=1 -v completed=false -v q=milk -v limit=5 -f sql/tasks/list.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif
@@ -25,9 +25,9 @@ SELECT
 FROM tasks
 WHERE
     user_id = :'user_id'::text
-    -- One comparison of two rows, which the index supports: a page costs the same, however far down the list it starts.
+    -- One comparison of two rows, which the index supports: a page takes the same time, wherever it starts.
     AND (created_at, id) < (
-        -- Seconds and microseconds separately, because PostgreSQL multiplies intervals as double precision:
+        -- Seconds and microseconds are separate, because PostgreSQL multiplies intervals in double precision:
         -- microseconds alone are inexact from the year 2255 on.
         'epoch'::timestamptz
         + split_part(:'after'::text, '_', 1)::bigint / 1000000 * interval '1 second'

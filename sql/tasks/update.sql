@@ -3,7 +3,7 @@
 -- updated_at stay the same.
 --
 -- task_id   bigint    the id of the task
--- changes   jsonb     any of {"title": string, "description": string or null, "completed": boolean}
+-- changes   jsonb     any fields of {"title": string, "description": string or null, "completed": boolean}
 -- user_id   text      the owner of the task (default in psql: local)
 -- if_match  bigint[]  the versions at which the task may be changed; '{}' for any (default in psql: '{}')
 --

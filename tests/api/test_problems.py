@@ -10,6 +10,7 @@ from tests.support.databases import as_url, new_database
 from tests.support.problems import assert_problem
 from tests.support.processes import free_port, wait_until
 from tests.support.service import Service
+from todo_api.api import problems
 
 UNREACHABLE = "postgresql://todo:secret@127.0.0.1:{port}/todo"
 
@@ -19,7 +20,8 @@ UNREACHABLE = "postgresql://todo:secret@127.0.0.1:{port}/todo"
     ["/nope", "/api", "/api/", "/api/tasks/", "/api//tasks", "/api/tasks/1/", "/api/tasks/1/on", "/docs/nope"],
 )
 def test_an_unknown_url_returns_404(client: httpx.Client, path: str) -> None:
-    assert assert_problem(client.get(path), 404, "not_found")["instance"] == path
+    problem = assert_problem(client.get(path), 404, "not_found")
+    assert (problem["instance"], problem["detail"]) == (path, problems.KINDS[404][1])
 
 
 def test_the_instance_is_a_uri_reference(client: httpx.Client) -> None:
@@ -49,6 +51,13 @@ def test_an_unsupported_method_returns_405_with_allow(
 
 def test_the_problem_for_an_unknown_task_names_the_reason(client: httpx.Client) -> None:
     assert assert_problem(client.get("/api/tasks/9223372036854775807"), 404, "not_found")["detail"] == "No such task"
+
+
+def test_an_id_beyond_64_bits_returns_404_or_405_without_a_database(disconnected: Service) -> None:
+    path = "/api/tasks/9223372036854775808"
+    for method in ("GET", "PATCH", "DELETE"):
+        assert assert_problem(disconnected.client.request(method, path), 404, "not_found")["detail"] == "No such task"
+    assert_problem(disconnected.client.post(path), 405, "method_not_allowed")
 
 
 @pytest.fixture(scope="module")

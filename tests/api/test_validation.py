@@ -122,6 +122,8 @@ MALFORMED = [
     rb'{"title": "x", "description": "\ud83d\ud83d"}',
     rb'{"title": "x", "\u0000": 1}',
     rb'{"title": "x", "\udfff": 1}',
+    rb'{"title": ["\u0000"]}',
+    rb'{"title": "x", "description": {"a": [[1, "\udc00"]]}}',
     b'{"title": "x", "title": "y"}',
     b'{"title": "\xff\xfe"}',
     b'{"title": "\xed\xa0\x80"}',

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SQL = statements.load()
 USER = {"user_id": "local"}
-FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.FIRST_PAGE}
+FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.FIRST_CURSOR}
 
 
 class AsBytes(Loader):

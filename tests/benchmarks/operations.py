@@ -43,7 +43,7 @@ def for_pgbench(operation: Operation) -> tuple[str, dict[str, str]]:
     variables = {
         "user_id": "local",
         "limit": str(int(query.get("limit", "10000")) + 1),
-        "after": query.get("after", pages.FIRST_PAGE),
+        "after": query.get("after", pages.FIRST_CURSOR),
         "completed": query.get("completed", ""),
         "q": query.get("q", ""),
         "task": operation.body,

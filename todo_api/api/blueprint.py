@@ -1,4 +1,4 @@
-"""flask-smorest's blueprint with strict parsers for the body and the query."""
+"""flask-smorest's blueprint with strict parsing of the body and the query."""
 
 from typing import Any, NoReturn
 
@@ -12,27 +12,27 @@ from todo_api.api.problems import InvalidRequest, field_errors
 
 
 class Parser(FlaskParser):
-    """webargs' parser: a schema checks what ``body`` and ``query`` have read."""
+    """webargs' parser. ``body`` and ``query`` parse the request, and then a schema checks the result."""
 
     DEFAULT_VALIDATION_STATUS = 400
     DEFAULT_UNKNOWN_BY_LOCATION = {**FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION, "query": RAISE}
 
     def load_json(self, req: Request, schema: Schema) -> dict[str, Any]:
-        """Return the body's JSON object."""
+        """Return the JSON object in the body."""
         del req, schema
         return body.json_object()
 
     def load_querystring(self, req: Request, schema: Schema) -> dict[str, str]:
-        """Return the query's parameters."""
+        """Return the query parameters."""
         del req, schema
         return query.parameters()
 
     def handle_error(self, error: ValidationError, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Raise the schema's errors as a problem."""
+        """Raise InvalidRequest with the errors of the schema."""
         raise InvalidRequest(field_errors(error.messages_dict)) from error
 
 
 class Blueprint(flask_smorest.Blueprint):
-    """flask-smorest's blueprint with our parser."""
+    """flask-smorest's blueprint with the strict parser."""
 
     ARGUMENTS_PARSER = Parser()

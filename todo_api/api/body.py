@@ -1,7 +1,8 @@
-"""Reads the body of a request, and parses it as strict JSON (RFC 8259)."""
+"""Reading the body of a request, and parsing it as strict JSON (RFC 8259)."""
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -9,24 +10,25 @@ from flask import Flask, current_app, g, request
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 from werkzeug.http import parse_options_header
 
-from todo_api.api.problems import InvalidRequest, MalformedRequest
+from todo_api.api.problems import KINDS, InvalidRequest, MalformedRequest
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"  # RFC 7396
+UNSUPPORTED_PATCH = f"{KINDS[415][1]} or {MERGE_PATCH}"
 
 _CHUNK = 64 * 1024  # bytes
 _DISCARDED_CHUNKS = 16  # of a body that is too large
-# PostgreSQL's text cannot hold these, though JSON can spell them: NUL, and a lone surrogate.
+# NUL and lone surrogates. JSON can contain them as escape sequences only, and PostgreSQL's text cannot contain them.
 _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
 def init_app(app: Flask) -> None:
-    """Read the body of each request before its view runs.
+    """Register a hook that reads the body of each request before the view runs.
 
-    A body that a view leaves unread would stay on the connection, in front of the client's next request.
+    gunicorn closes the connection after a request whose body was not read, and a view need not read it.
     """
 
     @app.before_request
@@ -35,13 +37,13 @@ def init_app(app: Flask) -> None:
 
 
 def read(environ: "WSGIEnvironment", limit: int) -> bytes:
-    """Return the whole body, empty if there is none. ``limit`` is in bytes.
+    """Return the whole body, or empty bytes if there is none. ``limit`` is in bytes.
 
-    Werkzeug's stream would cut a chunked body at the limit, and accept one that ends too early.
+    Werkzeug's stream would truncate a chunked body at the limit, and accept an incomplete body.
 
     Raises:
-        RequestEntityTooLarge: the body is over the limit.
-        MalformedRequest: the body did not arrive whole.
+        RequestEntityTooLarge: the body is larger than the limit.
+        MalformedRequest: the body is incomplete.
 
     """
     length = _content_length(environ)
@@ -50,10 +52,10 @@ def read(environ: "WSGIEnvironment", limit: int) -> bytes:
     if length is not None and length > limit:
         raise _too_large(environ, limit)
     try:
-        # One byte more than the limit shows whether a chunked body goes on after it.
+        # One byte more than the limit shows whether a chunked body is too large.
         data: bytes = environ["wsgi.input"].read(limit + 1 if length is None else length)
-    except Exception as error:  # the WSGI specification does not say what a server raises
-        raise MalformedRequest("The body did not arrive whole") from error
+    except Exception as error:  # the WSGI specification does not define what a server raises
+        raise MalformedRequest("The body is incomplete") from error
     if len(data) > limit:
         raise _too_large(environ, limit)
     if len(data) < (length or 0):
@@ -67,23 +69,24 @@ def _content_length(environ: "WSGIEnvironment") -> int | None:
 
 
 def _too_large(environ: "WSGIEnvironment", limit: int) -> RequestEntityTooLarge:
-    """Return the error for a body over the limit, after discarding some more of the body.
+    """Return the error for a body that is larger than the limit, after discarding more of the body.
 
-    If much of it is unread when the connection closes, the connection is reset, and the client may not get the answer.
+    If much of the body is unread when the connection closes, the connection is reset, and the client may not get the
+    response.
     """
     with suppress(Exception):
         for _ in range(_DISCARDED_CHUNKS):
             if not environ["wsgi.input"].read(_CHUNK):
                 break
-    return RequestEntityTooLarge(f"The body is larger than {limit} bytes")
+    return RequestEntityTooLarge(f"{KINDS[413][1]} of {limit} bytes")
 
 
 def json_object() -> dict[str, Any]:
     """Return the JSON object in the body of the current request.
 
     Raises:
-        UnsupportedMediaType: the body is not JSON by its Content-Type.
-        MalformedRequest: there is no body, or it is not strict JSON.
+        UnsupportedMediaType: the Content-Type is not accepted, or the body has a Content-Encoding.
+        MalformedRequest: there is no body, or the body is not strict JSON.
         InvalidRequest: the JSON is not an object.
 
     """
@@ -93,7 +96,7 @@ def json_object() -> dict[str, Any]:
     mimetype, _ = parse_options_header(request.environ.get("CONTENT_TYPE"))
     encoding = request.environ.get("HTTP_CONTENT_ENCODING", "").lower()
     if mimetype.lower() not in accepted or encoding not in {"", "identity"}:
-        raise UnsupportedMediaType(f"The body must be {' or '.join(accepted)}, without a Content-Encoding")
+        raise UnsupportedMediaType(UNSUPPORTED_PATCH if request.method == "PATCH" else None)
     value = parse(g.body)
     if not isinstance(value, dict):
         raise InvalidRequest([{"pointer": "#", "detail": "The body must be a JSON object"}])
@@ -101,38 +104,54 @@ def json_object() -> dict[str, Any]:
 
 
 def parse(data: bytes) -> Any:
-    """Parse JSON in UTF-8 strictly: without NaN, without duplicate names, without text that PostgreSQL cannot hold.
+    """Return the value of a JSON text in UTF-8.
 
     Raises:
-        MalformedRequest: it is not that.
+        MalformedRequest: the text is not JSON in UTF-8, it is nested too deeply, it contains NaN or Infinity, an object
+            has a name twice, or a string contains a NUL or a lone surrogate.
 
     """
     try:
-        return _DECODER.decode(data.decode())
+        value = _DECODER.decode(data.decode())
+        is_text = b"\\u" not in data or not any(map(_NOT_TEXT.search, _strings(value)))
     except RecursionError as error:
         raise MalformedRequest("The body is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise MalformedRequest("The body is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise MalformedRequest(f"The body is not JSON: {error}") from error
+    if not is_text:
+        raise MalformedRequest("A string in the body contains a NUL or a lone surrogate")
+    return value
 
 
 def _reject_constant(name: str) -> NoReturn:
     raise MalformedRequest(f"The body is not JSON: it contains {name}")
 
 
-def _checked_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(members)
-    if len(value) < len(members):
-        raise MalformedRequest("The body has a name twice in one object")
-    if any(isinstance(text, str) and _NOT_TEXT.search(text) for member in members for text in member):
-        raise MalformedRequest("The body has a NUL or a lone surrogate in a string")
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string in a JSON value, the names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise MalformedRequest("An object in the body has a name twice")
     return value
 
 
 _DECODER = json.JSONDecoder(
-    # No field is a number, so that a number need not be exact; and int() rejects 5000 digits.
+    # No field is a number, so numbers need not be exact. int() would reject more than 4300 digits.
     parse_int=float,
     parse_constant=_reject_constant,
-    object_pairs_hook=_checked_object,
+    object_pairs_hook=_object,
 )

@@ -7,7 +7,7 @@ import zlib
 from flask import request
 
 _TAG = r'(?:W/)?"[^"]*"'
-_TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")  # Werkzeug's parser accepts invalid lists too
+_TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")  # Werkzeug's parser also accepts invalid lists
 _VERSION = re.compile(r'"[1-9][0-9]{0,17}"')
 _NO_VERSION = "0"
 
@@ -18,15 +18,15 @@ def task_etag(task: bytes) -> str:
 
 
 def list_etag(tasks: bytes, cursor: str) -> str:
-    """Return the ETag of a page, which changes with the page and with its link to the next one.
+    """Return the ETag of a page. It changes with the page and with the link to the next page.
 
-    A checksum is enough to notice a change, and takes half as long as SHA-1 for 10 000 tasks.
+    A checksum is enough to detect a change, and takes half as long as SHA-1 for 10 000 tasks.
     """
     return f'W/"{len(tasks)}-{zlib.crc32(tasks):08x}-{cursor}"'
 
 
-def has_current(etag: str) -> bool:
-    """Return whether the client has the answer with this ETag, as If-None-Match tells."""
+def client_has(etag: str) -> bool:
+    """Return whether If-None-Match has this ETag, so the client has the response already."""
     if "If-None-Match" not in request.headers:
         return False
     return request.if_none_match.contains_weak(etag.removeprefix("W/").strip('"'))
@@ -35,7 +35,8 @@ def has_current(etag: str) -> bool:
 def if_match_versions() -> list[str]:
     """Return the versions that If-Match names, or an empty list if any version matches.
 
-    Only strong ETags count. If there are none, or the header is invalid, the only version is "0", which no task has.
+    Weak ETags never match (RFC 9110). If the header has no ETag of a version, or is invalid, the list is ["0"], a
+    version that no task has.
     """
     tags = request.headers.get("If-Match", "*")
     if tags.strip() == "*":

@@ -1,4 +1,4 @@
-"""Lets pages of other origins call the API from a browser (CORS)."""
+"""Cross-origin requests (CORS): pages of other origins can call the API from a browser."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from flask_cors import CORS
 
 
 def init_app(app: Flask, origins: Sequence[str]) -> None:
-    """Allow these origins. Without any, browsers allow only pages of the service's own origin."""
+    """Allow pages of these origins. If there are none, browsers allow only pages of the service's own origin."""
     if not origins:
         return
     CORS(
@@ -17,6 +17,6 @@ def init_app(app: Flask, origins: Sequence[str]) -> None:
         methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
         allow_headers=["Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Request-ID"],
-        always_send=False,  # only if the request has an Origin, and then with this origin alone
-        max_age=600,  # seconds for which a browser remembers the answer to its preflight request
+        always_send=False,  # only if the request has an Origin, and then name this origin alone
+        max_age=600,  # seconds for which a browser caches the response to a preflight request
     )

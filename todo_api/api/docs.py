@@ -21,7 +21,7 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <div id="swagger-ui"></div>
-<noscript>This page needs JavaScript; the document itself is at <a href="openapi.json">openapi.json</a>.</noscript>
+<noscript>This page needs JavaScript. The OpenAPI document is at <a href="openapi.json">openapi.json</a>.</noscript>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/page.js"></script>
 </body>
@@ -37,32 +37,32 @@ blueprint = Blueprint("docs", __name__)
 
 
 def init_app(app: Flask) -> None:
-    """Add the page to the application."""
+    """Add the docs page to the application."""
     app.register_blueprint(blueprint)
 
 
 @blueprint.get("/")
 @blueprint.get("/docs/")
 def index() -> BaseResponse:
-    """Redirect to the docs page."""
+    """Return a redirect to the docs page."""
     return redirect(url_for("docs.page"))
 
 
 @blueprint.get("/docs")
 def page() -> Response:
-    """Show the document in Swagger UI."""
+    """Return the page that shows the OpenAPI document in Swagger UI."""
     return Response(_PAGE, mimetype="text/html")
 
 
 @blueprint.get("/docs/page.js")
 def script() -> Response:
-    """Start Swagger UI. The script has a file of its own, so that the policy can forbid inline scripts."""
+    """Return the script that starts Swagger UI. It is not inline because the policy forbids inline scripts."""
     return Response(_SCRIPT, mimetype="text/javascript")
 
 
 @blueprint.get("/docs/<name>")
 def asset(name: str) -> Response:
-    """Serve a file of Swagger UI from its package."""
+    """Return a file of Swagger UI from its package."""
     return send_from_directory(_ASSETS, name)
 
 

@@ -1,8 +1,8 @@
-"""Whether the process lives, and whether it can reach the database."""
+"""Health checks: whether the process is alive, and whether the database is ready."""
 
 from flask import Blueprint, Flask
 
-from todo_api.api.current import database
+from todo_api.api.current_database import database
 from todo_api.api.responses import JsonResponse
 
 blueprint = Blueprint("health", __name__)
@@ -15,12 +15,12 @@ def init_app(app: Flask) -> None:
 
 @blueprint.get("/healthz")
 def live() -> JsonResponse:
-    """Answer that the process lives. This needs no database."""
+    """Return 200. This needs no database."""
     return JsonResponse(b'{"status": "ok"}')
 
 
 @blueprint.get("/readyz")
 def ready() -> JsonResponse:
-    """Answer that the database can be reached, or else with a 503 problem."""
-    database.fetch_json("database/ready")
+    """Return 200 if the database can be reached and has the table of tasks, otherwise a problem."""
+    database.fetch_json("database/ready")  # raises an error otherwise
     return JsonResponse(b'{"status": "ready"}')

@@ -1,4 +1,4 @@
-"""Gives every request an id, a line in the log, and headers that make browsers careful."""
+"""Request ids, the access log, and a header that prevents browsers from guessing media types."""
 
 import logging
 import os
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("todo_api.access")
 
-# Visible ASCII characters without quotes, which can neither end a log line nor start another one.
+# ASCII letters, digits and some punctuation. None of these characters can end a log line.
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 
 
 class RequestLog:
-    """WSGI middleware around the whole application, so that no answer is without an id and a line in the log."""
+    """WSGI middleware around the whole application. Every response gets an X-Request-ID and a line in the log."""
 
     def __init__(self, app: "WSGIApplication") -> None:
-        """Wrap an application."""
+        """Create the middleware around an application."""
         self.app = app
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Answer a request. Its id is the client's X-Request-ID if that is valid, or else a new one."""
+        """Return the response of the application. The id is the client's X-Request-ID if that is valid."""
         started = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = given if _VALID_ID.fullmatch(given) else os.urandom(16).hex()
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
-            path = quote(environ["PATH_INFO"].encode("latin-1"), safe="/")  # decoded, it can contain a line break
+            path = quote(environ["PATH_INFO"].encode("latin-1"), safe="/")  # a decoded path can contain a line break
             milliseconds = 1000 * (time.perf_counter() - started)
             log.info("%s %s %.3s %.1fms %s", environ["REQUEST_METHOD"], path, status, milliseconds, request_id)
             added = [("X-Request-ID", request_id), ("X-Content-Type-Options", "nosniff")]

@@ -1,4 +1,4 @@
-"""The OpenAPI document, which flask-smorest generates from the blueprints and the schemas."""
+"""The OpenAPI document. flask-smorest generates it from the blueprints and the schemas."""
 
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -8,23 +8,23 @@ import flask_smorest
 from apispec import BasePlugin
 from flask import Flask
 
-from todo_api.api import problems, schemas
+from todo_api.api import body, problems, schemas
 from todo_api.api.blueprint import Blueprint
 
 View = TypeVar("View", bound=Callable[..., Any])
 
 _INFO = {
     "summary": "Tasks over PostgreSQL.",
-    "description": "Every failure is answered with `application/problem+json` (RFC 9457). Every answer has an "
-    "`X-Request-ID`: the request's own if that is valid, or else a new one.",
+    "description": "Every error is a problem (RFC 9457, `application/problem+json`). Every response has an "
+    "`X-Request-ID`: that of the request if it is valid, or else a new one.",
     "contact": {"name": "The maintainers"},
     "license": {"name": "None granted yet", "identifier": "LicenseRef-none"},
 }
-# The examples are in the text, because Swagger UI would fill in and send an "example".
+# The examples are in the texts, because Swagger UI would send an "example".
 _REQUEST_HEADERS = {
     "If-None-Match": (
         (
-            'ETags of answers that the client has, such as `"1"`. If one of them is current, the answer is a 304 '
+            'ETags of responses that the client has, such as `"1"`. If one of them is current, the response is a 304 '
             "without a body."
         ),
         {"type": "string"},
@@ -32,59 +32,81 @@ _REQUEST_HEADERS = {
     "If-Match": (
         (
             'ETags of versions of the task, such as `"1"`, or `*` for any version. If the task is at another version, '
-            "it is not changed, and the answer is a 412."
+            "it is not changed, and the response is a 412."
         ),
         {"type": "string"},
     ),
     "Idempotency-Key": (
         (
             "The client's own key for this request, such as a UUID. For at least 24 hours, a request with the same "
-            "key and the same body gets the first answer again and creates no task; with another body it gets a 422."
+            "key and the same body gets the first response again and creates no task. With another body it gets a 422."
         ),
-        {"type": "string", "minLength": 1, "maxLength": 255},
+        {"type": "string", "minLength": 1, "maxLength": schemas.MAX_KEY_LENGTH},
     ),
 }
-_ANSWER_HEADERS = {
-    "ETag": ("The task's version, for If-Match and If-None-Match.", {"type": "string"}, '"1"'),
-    "ETag of a list": (
-        "Changes if the page or its link changes. It is weak, so that it is for If-None-Match only.",
-        {"type": "string"},
-        'W/"190-5d1c2f0a-"',
-    ),
-    "Cache-Control": (
-        "A browser keeps the answer, and asks each time whether it is current.",
-        {"type": "string"},
-        "private, no-cache",
-    ),
-    "Link": (
-        'The next page, as a relative reference (RFC 8288) with rel="next"; absent on the last one.',
-        {"type": "string"},
-        '</api/tasks?limit=50&after=1768123800123456_42>; rel="next"',
-    ),
-    "Location": ("The URL of the task.", {"type": "string", "format": "uri-reference"}, "/api/tasks/42"),
-    "Retry-After": ("Seconds after which to retry.", {"type": "integer"}, problems.RETRY_AFTER),
-    "X-Request-ID": ("The id of the request, which is also in the log.", {"type": "string"}, "9f1c0f5e"),
+_RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
+    "ETag": {
+        "description": "The version of the task, for If-Match and If-None-Match.",
+        "schema": {"type": "string"},
+        "example": '"1"',
+    },
+    "Cache-Control": {
+        "description": "A browser caches the response, and asks each time whether it is current.",
+        "schema": {"type": "string"},
+        "example": "private, no-cache",
+    },
+    "Link": {
+        "description": 'The next page, as a relative URL with rel="next" (RFC 8288). The last page has no Link.',
+        "schema": {"type": "string"},
+        "example": '</api/tasks?limit=50&after=1768123800123456_42>; rel="next"',
+    },
+    "Location": {
+        "description": "The URL of the task.",
+        "schema": {"type": "string", "format": "uri-reference"},
+        "example": "/api/tasks/42",
+    },
+    "Retry-After": {
+        "description": "The number of seconds after which to retry.",
+        "schema": {"type": "integer"},
+        "example": problems.RETRY_AFTER,
+    },
+    "X-Request-ID": {
+        "description": "The id of the request. The log has it too.",
+        "schema": {"type": "string"},
+        "example": "9f1c0f5e",
+    },
+}
+LIST_ETAG = {
+    "description": "Changes if the page or its Link changes. It is weak: it is for If-None-Match only.",
+    "schema": {"type": "string"},
+    "example": 'W/"190-5d1c2f0a-"',
 }
 
+# Names of responses, beside the types of problems.
 INVALID_QUERY = "invalid_query"
+UNSUPPORTED_PATCH = "unsupported_patch"
 _INVALID_BODY = "invalid_body"
+_STATUSES = {INVALID_QUERY: 400, UNSUPPORTED_PATCH: 415}
 _VALIDATION_ERRORS = {
-    INVALID_QUERY: {"parameter": "limit", "detail": "Limit must be between 1 and 10000"},
-    _INVALID_BODY: {"pointer": "#/title", "detail": "Title exceeds maximum length of 200 characters"},
+    INVALID_QUERY: {"parameter": "limit", "detail": f"Limit must be between 1 and {schemas.MAX_LIMIT}"},
+    _INVALID_BODY: {
+        "pointer": "#/title",
+        "detail": f"Title exceeds maximum length of {schemas.MAX_TITLE_LENGTH} characters",
+    },
 }
-_MALFORMED = {INVALID_QUERY: "The query is not UTF-8", _INVALID_BODY: "The body did not arrive whole"}
+_MALFORMED = {INVALID_QUERY: "The query is not UTF-8", _INVALID_BODY: "The body is incomplete"}
 _DETAILS = {404: "No such task", 412: str(problems.VersionMismatch('"1"').description)}
 
 
 class Api(flask_smorest.Api):
-    """flask-smorest's API, which documents failures as problems."""
+    """flask-smorest's API, with problems as the schema of errors."""
 
     ERROR_SCHEMA = schemas.Problem
-    DEFAULT_ERROR_RESPONSE_NAME = None  # each call lists its own failures
+    DEFAULT_ERROR_RESPONSE_NAME = None  # each endpoint lists its own errors
 
 
 class _Finish(BasePlugin):
-    """Completes what flask-smorest has written. Plugins run in their order, so that this one runs last."""
+    """A plugin that completes the operations. Plugins run in their order, and this one runs after flask-smorest's."""
 
     def path_helper(
         self, path: Any = None, operations: Any = None, parameters: list[dict[str, Any]] | None = None, **kwargs: Any
@@ -95,7 +117,7 @@ class _Finish(BasePlugin):
             parameter["description"] = "The id of the task."
 
     def operation_helper(self, path: Any = None, operations: dict[Any, Any] | None = None, **kwargs: Any) -> None:
-        """Add the request headers of a call, and tidy its texts and answers."""
+        """Add the request headers of an operation, and format its texts and responses."""
         del path, kwargs
         for operation in (operations or {}).values():
             for name in operation.pop("x-takes", []):
@@ -107,16 +129,15 @@ class _Finish(BasePlugin):
 
 
 def documented(*statuses: int | str, takes: Sequence[str] = (), **operation: Any) -> Callable[[View], View]:
-    """Document a call: its name, its statuses besides success, and the request headers that it ``takes``.
+    """Document an endpoint: its statuses other than success, and the request headers that it ``takes``.
 
-    400 is for an invalid body, ``INVALID_QUERY`` is the 400 for an invalid query. ``operation`` has any other members
-    of the OpenAPI operation.
+    400 is for an invalid body. ``INVALID_QUERY`` is the 400 for an invalid query, and ``UNSUPPORTED_PATCH`` is the 415
+    of a PATCH. ``operation`` has other fields of the OpenAPI operation.
     """
 
     def decorate(view: View) -> View:
         responses = {status: _name(status) for status in statuses if isinstance(status, int)}
-        if INVALID_QUERY in statuses:
-            responses[400] = INVALID_QUERY
+        responses |= {_STATUSES[name]: name for name in statuses if isinstance(name, str)}
         manual = {"operationId": view.__name__, "responses": responses, "x-takes": list(takes), **operation}
         described: View = Blueprint.doc(**manual)(view)
         return described
@@ -124,9 +145,9 @@ def documented(*statuses: int | str, takes: Sequence[str] = (), **operation: Any
     return decorate
 
 
-def answer_headers(*names: str) -> dict[str, Any]:
-    """Return the documentation of an answer's headers. Every answer has X-Request-ID."""
-    return {name.partition(" ")[0]: _answer_header(name) for name in (*names, "X-Request-ID")}
+def response_headers(*names: str) -> dict[str, Any]:
+    """Return the documentation of the headers of a response. Every response has X-Request-ID."""
+    return {name: _RESPONSE_HEADERS[name] for name in (*names, "X-Request-ID")}
 
 
 def init_app(app: Flask) -> Api:
@@ -138,15 +159,19 @@ def init_app(app: Flask) -> Api:
         OPENAPI_URL_PREFIX="/",
         OPENAPI_JSON_PATH="openapi.json",
     )
-    # No call needs authentication yet.
+    # No endpoint needs authentication yet.
     spec = {"info": _INFO, "servers": [{"url": "/"}], "security": [], "extra_plugins": [_Finish()]}
     api = Api(app, spec_kwargs=spec)
-    api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest adds it always
-    not_modified = answer_headers("ETag", "Link", "Cache-Control")
-    known = {"description": "The client has the current answer", "headers": not_modified}
-    api.spec.components.response(_name(304), known, lazy=True)
+    api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest always adds it
+    same_etag = {**_RESPONSE_HEADERS["ETag"], "description": "The same as in the 200."}
+    headers = response_headers("Link", "Cache-Control") | {"ETag": same_etag}
+    not_modified = {"description": "The client has the current response already", "headers": headers}
+    api.spec.components.response(_name(304), not_modified, lazy=True)
     for status, (kind, detail) in problems.KINDS.items():
         api.spec.components.response(_name(status), _failure(status, {kind: (detail, [])}), lazy=True)
+    unsupported, _ = problems.KINDS[415]
+    patch = _failure(415, {unsupported: (body.UNSUPPORTED_PATCH, [])})
+    api.spec.components.response(UNSUPPORTED_PATCH, patch, lazy=True)
     malformed, _ = problems.KINDS[400]
     for name, error in _VALIDATION_ERRORS.items():
         problems_of_400 = {problems.VALIDATION_ERROR: (error["detail"], [error]), malformed: (_MALFORMED[name], [])}
@@ -164,13 +189,8 @@ def _request_header(name: str) -> dict[str, Any]:
     return {"in": "header", "name": name, "description": description, "schema": schema}
 
 
-def _answer_header(name: str) -> dict[str, Any]:
-    description, schema, example = _ANSWER_HEADERS[name]
-    return {"description": description, "schema": schema, "example": example}
-
-
 def _failure(status: int, kinds: dict[str, tuple[str, list[dict[str, str]]]]) -> dict[str, Any]:
-    """Return the documentation of a failure, with an example of each of its problems and with its headers."""
+    """Return the documentation of an error response, with its headers and with an example of each problem."""
     instance = "/api/tasks/42" if status in {HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED} else "/api/tasks"
     examples = {
         kind: {"value": problems.problem(status, kind, _DETAILS.get(status, detail), instance, errors)}
@@ -179,6 +199,6 @@ def _failure(status: int, kinds: dict[str, tuple[str, list[dict[str, str]]]]) ->
     headers = {HTTPStatus.SERVICE_UNAVAILABLE: ["Retry-After"], HTTPStatus.PRECONDITION_FAILED: ["ETag"]}
     return {
         "description": HTTPStatus(status).phrase,
-        "headers": answer_headers(*headers.get(HTTPStatus(status), [])),
+        "headers": response_headers(*headers.get(HTTPStatus(status), [])),
         "content": {problems.MEDIA_TYPE: {"schema": schemas.Problem, "examples": examples}},
     }

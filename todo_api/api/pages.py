@@ -1,4 +1,4 @@
-"""Pages of a list: where one ends, and the link to the next one."""
+"""Pages of a list: cursors, and the link to the next page."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from urllib.parse import urlencode
 
 from todo_api.database import SEPARATOR
 
-FIRST_PAGE = "253402300800000000_1"  # the cursor of the year 10000, before the newest task
+FIRST_CURSOR = "253402300800000000_1"  # of the first page: the year 10000 is newer than every task
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def without_last(tasks: bytes) -> tuple[bytes, str]:
-    """Return an array of tasks without its last one, and the cursor after which that one follows."""
+def split_page(tasks: bytes) -> tuple[bytes, str]:
+    """Return an array of tasks without its last task, and the cursor of the page that begins with this task."""
     page = tasks[: tasks.rindex(SEPARATOR)]
     last = json.loads(page[1:].rpartition(SEPARATOR)[2])
     microseconds = (datetime.fromisoformat(last["created_at"]) - _EPOCH) // timedelta(microseconds=1)
@@ -20,6 +20,6 @@ def without_last(tasks: bytes) -> tuple[bytes, str]:
 
 
 def next_link(path: str, query: Mapping[str, str], cursor: str) -> str:
-    """Return the Link header to the next page (RFC 8288): relative, and with the same filters."""
-    following = urlencode({**query, "after": cursor})
-    return f'<{path}?{following}>; rel="next"'
+    """Return the Link header to the next page (RFC 8288): a relative URL with the same query and the new cursor."""
+    next_query = urlencode({**query, "after": cursor})
+    return f'<{path}?{next_query}>; rel="next"'

@@ -1,6 +1,5 @@
-"""Turns every failure into one application/problem+json answer (RFC 9457)."""
+"""Problems: every error response has the same format, application/problem+json (RFC 9457)."""
 
-import http
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,22 +7,27 @@ from urllib.parse import quote
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import BadRequest, HTTPException, PreconditionFailed, ServiceUnavailable
+from werkzeug.http import HTTP_STATUS_CODES
 
 from todo_api.database import InvalidValueError, UnavailableError
 
 MEDIA_TYPE = "application/problem+json"
 
-# status -> type, and the detail if the error that was raised has none of its own
+# HTTP status -> the type of the problem, and its detail unless the error has a more specific one
 KINDS: dict[int, tuple[str, str]] = {
     400: ("malformed_request", "The request is malformed"),
     404: ("not_found", "There is nothing at this URL"),
     405: ("method_not_allowed", "This URL does not support the method; the Allow header lists the supported ones"),
     412: ("precondition_failed", "The task is not at a version that If-Match names"),
     413: ("content_too_large", "The body is larger than the limit"),
-    415: ("unsupported_media_type", "The body must be application/json"),
-    422: ("idempotency_key_reused", "This Idempotency-Key was used with another body before"),
-    500: ("internal_error", "The service failed; its log has the reason under the X-Request-ID of this answer"),
-    503: ("database_unavailable", "The database is not available now; try again"),
+    414: ("uri_too_long", "The URL is too long"),
+    415: ("unsupported_media_type", "The body must have no Content-Encoding, and be application/json"),
+    417: ("expectation_failed", "The service does not support this Expect header"),
+    422: ("idempotency_key_reused", "This Idempotency-Key was used before, with another body"),
+    431: ("request_header_fields_too_large", "The request has too many or too large header fields"),
+    500: ("internal_error", "The log has the reason; search it for the X-Request-ID of this response"),
+    501: ("not_implemented", "The service does not support this Transfer-Encoding"),
+    503: ("database_unavailable", "The database is not available now; retry later"),
 }
 VALIDATION_ERROR = "validation_error"
 
@@ -31,33 +35,33 @@ RETRY_AFTER = 1  # seconds; a restart of PostgreSQL takes about that long
 
 
 class MalformedRequest(BadRequest):
-    """The request cannot be read."""
+    """The request cannot be parsed."""
 
 
 class InvalidRequest(BadRequest):
-    """The body or the query breaks its schema. ``errors`` lists each error with its pointer or parameter."""
+    """The body or the query is invalid. ``errors`` lists each error with its pointer or parameter."""
 
     def __init__(self, errors: list[dict[str, str]]) -> None:
-        """Use the details of all errors as the problem's detail."""
+        """Create the error. Its description joins the details of all ``errors``."""
         super().__init__("; ".join(dict.fromkeys(error["detail"] for error in errors)))
         self.errors = errors
 
 
 class VersionMismatch(PreconditionFailed):
-    """The task is not at a version that If-Match names."""
+    """If-Match names other versions than the current one."""
 
     def __init__(self, etag: str) -> None:
-        """Tell the task's current ETag, in the detail and as a header."""
-        super().__init__(f"The task is not at a version that If-Match names; it is at {etag}")
+        """Create the error. ``etag`` is the current ETag of the task."""
+        super().__init__(f"{KINDS[412][1]}; it is at {etag}")
         self.etag = etag
 
     def get_headers(self, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
-        """Return the headers of the answer, with the ETag."""
+        """Return the headers of the response, with the ETag."""
         return [*super().get_headers(*args, **kwargs), ("ETag", self.etag)]
 
 
 def init_app(app: Flask) -> None:
-    """Register the handlers. They replace flask-smorest's, which would drop headers such as Allow."""
+    """Register the error handlers. They replace flask-smorest's, which would drop headers such as Allow."""
     app.register_error_handler(HTTPException, problem_response)
     app.register_error_handler(
         UnavailableError, lambda _: problem_response(ServiceUnavailable(retry_after=RETRY_AFTER))
@@ -66,13 +70,13 @@ def init_app(app: Flask) -> None:
 
 
 def problem_response(error: HTTPException) -> Response:
-    """Return the problem for an HTTP error, with the error's headers (Allow, Retry-After)."""
+    """Return the response for an HTTP error: a problem, with the headers of the error (Allow, ETag, Retry-After)."""
     status = error.code or 500
-    kind, detail = KINDS.get(status) or kind_of(http.HTTPStatus(status).phrase)
+    kind, detail = kind_of(status)
     errors: list[dict[str, str]] = []
     if isinstance(error, InvalidRequest):
         kind, errors = VALIDATION_ERROR, error.errors
-    if error.description != type(error).description:  # Werkzeug's own texts are attributes of the classes
+    if error.description != type(error).description:  # Werkzeug's own descriptions are attributes of the classes
         detail = error.description or detail
     instance = quote(request.path, safe="/:@!$&'()*+,;=~")
     response = Response(
@@ -82,16 +86,19 @@ def problem_response(error: HTTPException) -> Response:
     return response
 
 
-def kind_of(reason: str) -> tuple[str, str]:
-    """Return the type of a problem that KINDS does not list, and its detail, from HTTP's reason phrase."""
+def kind_of(status: int) -> tuple[str, str]:
+    """Return the type of the problem for an HTTP status, and the default detail."""
+    if status in KINDS:
+        return KINDS[status]
+    reason = HTTP_STATUS_CODES.get(status, "Unknown Error")  # http.HTTPStatus differs between versions of Python
     return reason.lower().replace(" ", "_").replace("-", "_"), reason
 
 
 def problem(
     status: int, kind: str, detail: str, instance: str, errors: Sequence[Mapping[str, str]] = ()
 ) -> dict[str, Any]:
-    """Return the members of a problem."""
-    members: dict[str, Any] = {
+    """Return the JSON object of a problem."""
+    fields: dict[str, Any] = {
         "type": kind,
         "title": kind.replace("_", " ").title(),
         "status": status,
@@ -99,12 +106,12 @@ def problem(
         "instance": instance,
     }
     if errors:
-        members["errors"] = list(errors)
-    return members
+        fields["errors"] = list(errors)
+    return fields
 
 
 def field_errors(messages: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the errors of a problem for webargs' messages, ``{location: {field: [detail, ...]}}``."""
+    """Return the errors of a problem. ``messages`` are webargs': ``{location: {field: [detail, ...]}}``."""
     return [
         ({"parameter": name} if location == "query" else {"pointer": _pointer(name)}) | {"detail": detail}
         for location, fields in messages.items()

@@ -1,4 +1,4 @@
-"""Reads the query of a URL strictly: no parameter twice, and nothing changed to make it fit."""
+"""Strict parsing of the query of a URL: invalid UTF-8 and repeated parameters are rejected."""
 
 from urllib.parse import parse_qsl
 
@@ -12,7 +12,7 @@ def parameters() -> dict[str, str]:
 
     Raises:
         MalformedRequest: the query is not UTF-8.
-        InvalidRequest: it has a parameter twice.
+        InvalidRequest: a parameter is repeated.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""The answers to successful requests: JSON as PostgreSQL wrote it, with its ETag."""
+"""Responses to successful requests: JSON as PostgreSQL wrote it, with an ETag."""
 
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -11,20 +11,20 @@ from todo_api.api import conditions
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-# A browser keeps the answer, and asks each time whether it is still current.
+# A browser caches the response, and asks each time whether it is current.
 _CACHE_CONTROL = "private, no-cache"
 
 
 class JsonResponse(Response):
-    """A JSON document. Its headers are complete, so that Werkzeug need not look for what to add to them."""
+    """A response with a JSON body. It sets all of its headers itself."""
 
     def __init__(self, json: bytes, status: int = 200) -> None:
-        """Create it."""
+        """Create the response. ``json`` is the body."""
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(json)))]
         super().__init__([json], status, headers, direct_passthrough=True)
 
     def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
-        """Return the headers unchanged."""
+        """Return the headers unchanged, or without those of the body if the status is 304."""
         return self.headers if self.status_code != HTTPStatus.NOT_MODIFIED else super().get_wsgi_headers(environ)
 
 
@@ -34,14 +34,14 @@ def task_response(task: bytes, status: int = 200) -> Response:
 
 
 def list_response(tasks: bytes, cursor: str) -> Response:
-    """Return a response with a page of tasks and its ETag. ``cursor`` is the next page's, or empty."""
+    """Return a response with a page of tasks and its ETag. ``cursor`` is that of the next page, or empty."""
     return _with_etag(JsonResponse(tasks), conditions.list_etag(tasks, cursor))
 
 
-def unless_current(response: Response) -> Response:
-    """Return the response to a GET request, as a 304 without a body if the client has it already."""
-    if conditions.has_current(response.headers["ETag"]):
-        response.status_code = HTTPStatus.NOT_MODIFIED  # Werkzeug then leaves out the body and its headers
+def or_not_modified(response: Response) -> Response:
+    """Return the response, or a 304 without a body if the client has the response already."""
+    if conditions.client_has(response.headers["ETag"]):
+        response.status_code = HTTPStatus.NOT_MODIFIED  # then Werkzeug omits the body and its headers
     return response
 
 

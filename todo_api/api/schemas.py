@@ -1,16 +1,17 @@
-"""What clients send and get: marshmallow schemas, which are also the schemas of the OpenAPI document."""
+"""The marshmallow schemas of requests and responses. The OpenAPI document has them too."""
 
 import re
 from typing import Any
 
 from marshmallow import INCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-TITLE_LENGTH = 200
-DESCRIPTION_LENGTH = 2000
-LIST_LIMIT = 10_000
-# The characters for which str.isspace() is true. The constraint of the table lists the same ones.
+MAX_TITLE_LENGTH = 200
+MAX_DESCRIPTION_LENGTH = 2000
+MAX_KEY_LENGTH = 255  # of an Idempotency-Key
+MAX_LIMIT = 10_000
+# The characters for which str.isspace() is true. The constraint of the table lists the same characters.
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_NO_NUL = r"^[^\x00]*$"  # PostgreSQL's text cannot contain one
+_NO_NUL = r"^[^\x00]*$"  # PostgreSQL's text cannot contain a NUL
 
 EXAMPLE = {
     "id": 42,
@@ -33,7 +34,7 @@ class StrictBoolean(fields.Boolean):
         return value
 
 
-def _not_blank(title: str) -> None:
+def _check_not_blank(title: str) -> None:
     if not title or title.isspace():
         raise ValidationError("Title must not be blank")
 
@@ -42,8 +43,8 @@ def _title(*, required: bool) -> fields.String:
     return fields.String(
         required=required,
         validate=[
-            validate.Length(max=TITLE_LENGTH, error="Title exceeds maximum length of {max} characters"),
-            _not_blank,
+            validate.Length(max=MAX_TITLE_LENGTH, error="Title exceeds maximum length of {max} characters"),
+            _check_not_blank,
         ],
         error_messages={
             "required": "Title is required",
@@ -74,7 +75,7 @@ class TaskChanges(Schema):
     description = fields.String(
         allow_none=True,
         validate=validate.Length(
-            max=DESCRIPTION_LENGTH, error="Description exceeds maximum length of {max} characters"
+            max=MAX_DESCRIPTION_LENGTH, error="Description exceeds maximum length of {max} characters"
         ),
         error_messages={"invalid": "Description must be a string or null"},
         metadata={
@@ -95,33 +96,39 @@ class NewTask(TaskChanges):
     title = _title(required=True)
 
 
-def _shown(name: str, description: str, **rules: Any) -> dict[str, Any]:
-    """Return the documentation of a task's field, with the value of the example."""
+def _documentation(name: str, description: str, **rules: Any) -> dict[str, Any]:
+    """Return the documentation of a field of a task, with its value in EXAMPLE."""
     return {"description": description, "examples": [EXAMPLE[name]], **rules}
 
 
 class Task(Schema):
     """A task. It always has exactly these fields."""
 
-    id = fields.Integer(required=True, metadata=_shown("id", "Assigned by the database.", format="int64", minimum=1))
-    title = fields.String(required=True, metadata=_shown("title", "What to do.", minLength=1, maxLength=TITLE_LENGTH))
-    description = fields.String(
-        required=True, allow_none=True, metadata=_shown("description", "Details.", maxLength=DESCRIPTION_LENGTH)
+    id = fields.Integer(
+        required=True, metadata=_documentation("id", "Assigned by the database.", format="int64", minimum=1)
     )
-    completed = fields.Boolean(required=True, metadata=_shown("completed", "Whether the task is done."))
-    user_id = fields.String(required=True, metadata=_shown("user_id", "The owner of the task."))
+    title = fields.String(
+        required=True, metadata=_documentation("title", "What to do.", minLength=1, maxLength=MAX_TITLE_LENGTH)
+    )
+    description = fields.String(
+        required=True,
+        allow_none=True,
+        metadata=_documentation("description", "Details.", maxLength=MAX_DESCRIPTION_LENGTH),
+    )
+    completed = fields.Boolean(required=True, metadata=_documentation("completed", "Whether the task is done."))
+    user_id = fields.String(required=True, metadata=_documentation("user_id", "The owner of the task."))
     version = fields.Integer(
         required=True,
-        metadata=_shown("version", "Starts at 1 and grows by 1 with each change.", format="int64", minimum=1),
+        metadata=_documentation("version", "Starts at 1 and grows by 1 with each change.", format="int64", minimum=1),
     )
-    created_at = fields.DateTime(required=True, metadata=_shown("created_at", "RFC 3339, in UTC."))
+    created_at = fields.DateTime(required=True, metadata=_documentation("created_at", "RFC 3339, in UTC."))
     updated_at = fields.DateTime(
-        required=True, metadata=_shown("updated_at", "RFC 3339, in UTC; strictly increases with each change.")
+        required=True, metadata=_documentation("updated_at", "RFC 3339, in UTC; strictly increases with each change.")
     )
 
 
 class Limit(fields.Integer):
-    """A number of tasks in ASCII digits. ``int()`` also accepts ``+5``, ``5_0`` and digits of other scripts."""
+    """A number in ASCII digits. ``int()`` also accepts ``+5``, ``5_0`` and digits of other scripts."""
 
     def _deserialize(self, value: Any, *_args: Any, **_kwargs: Any) -> int:
         if not re.fullmatch("[0-9]{1,9}", value):
@@ -130,24 +137,24 @@ class Limit(fields.Integer):
 
 
 def _at_most(limit: str) -> str:
-    """Return a regular expression for the numbers from 0 to a limit."""
+    """Return a regular expression for the numbers from 0 to ``limit``."""
     rest = len(limit) - 1
     smaller = [f"{limit[:n]}[0-{int(digit) - 1}][0-9]{{{rest - n}}}" for n, digit in enumerate(limit) if digit != "0"]
     return "|".join([f"[0-9]{{1,{rest}}}", *smaller, limit])
 
 
-# Microseconds since 1970, up to the year 9999, and the id of a task.
+# The microseconds since 1970 and the id of a task. PostgreSQL has every time of so many digits (1200 BC to 33658).
 _CURSOR = f"(-?[0-9]{{1,17}}|[0-9]{{18}})_({_at_most(str(2**63 - 1))})"
 
 
-def _is_cursor(after: str) -> None:
+def _check_cursor(after: str) -> None:
     if not re.fullmatch(_CURSOR, after):
-        raise ValidationError("After must be a cursor from the link to the next page")
+        raise ValidationError("The parameter after must be the cursor from a link to the next page")
 
 
-def _is_text(text: str) -> None:
+def _check_text(text: str) -> None:
     if "\0" in text:
-        raise ValidationError("Q must not contain a NUL")
+        raise ValidationError("The parameter q must not contain a NUL")
 
 
 class TaskQuery(Schema):
@@ -161,14 +168,14 @@ class TaskQuery(Schema):
     error_messages = {"unknown": "Unknown parameter"}
 
     limit = Limit(
-        validate=validate.Range(1, LIST_LIMIT, error="Limit must be between {min} and {max}"),
+        validate=validate.Range(1, MAX_LIMIT, error="Limit must be between {min} and {max}"),
         error_messages={"invalid": "Limit must be a whole number"},
-        metadata={"description": "The largest number of tasks to return.", "default": LIST_LIMIT, "examples": [50]},
+        metadata={"description": "The largest number of tasks to return.", "default": MAX_LIMIT, "examples": [50]},
     )
     after = fields.String(
-        validate=_is_cursor,
+        validate=_check_cursor,
         metadata={
-            "description": "The end of the page before, from that page's link to the next one. It is opaque.",
+            "description": "The cursor of the page, from the link of the page before it. It is opaque.",
             "pattern": f"^{_CURSOR}$",
         },
     )
@@ -179,7 +186,7 @@ class TaskQuery(Schema):
         metadata={"description": "Only completed tasks, or only open ones."},
     )
     q = fields.String(
-        validate=_is_text,
+        validate=_check_text,
         metadata={
             "description": "Only tasks that contain this text in the title or the description; case-insensitive.",
             "examples": ["milk"],
@@ -197,10 +204,10 @@ class Violation(Schema):
 
 
 class Problem(Schema):
-    """Why a request failed (RFC 9457)."""
+    """The reason why a request failed (RFC 9457)."""
 
     class Meta:
-        """Allow more members, as the RFC does."""
+        """Allow more fields, as the RFC does."""
 
         unknown = INCLUDE
 

@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import uuid
+from http import HTTPStatus
 
 import gunicorn.util
 
@@ -22,11 +23,11 @@ def install() -> None:
 def _write_problem(connection: socket.socket, status: int, reason: str, message: str) -> None:
     request_id = uuid.uuid4().hex
     log.warning("unreadable request: %d %s %r %s", status, reason, message, request_id)
-    gunicorn.util.write_nonblock(connection, _response(status, reason, request_id))
+    gunicorn.util.write_nonblock(connection, _response(status, request_id))
 
 
-def _response(status: int, reason: str, request_id: str) -> bytes:
-    kind, detail = problems.KINDS.get(status) or problems.kind_of(reason)
+def _response(status: int, request_id: str) -> bytes:
+    kind, detail = problems.kind_of(status)
     content = json.dumps(problems.problem(status, kind, detail, "")).encode()
     headers = {
         "Connection": "close",
@@ -35,5 +36,6 @@ def _response(status: int, reason: str, request_id: str) -> bytes:
         "X-Content-Type-Options": "nosniff",
         "X-Request-ID": request_id,
     }
-    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    phrase = HTTPStatus(status).phrase  # not gunicorn's, which is "Bad Request" for a 501
+    lines = [f"HTTP/1.1 {status} {phrase}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return "\r\n".join(lines).encode("ascii") + content

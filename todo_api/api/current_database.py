@@ -1,4 +1,4 @@
-"""The database of the application that answers the current request."""
+"""The database of the current application, as a proxy like Flask's ``current_app``."""
 
 from typing import cast
 
