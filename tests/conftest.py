@@ -1,7 +1,7 @@
 """The fixtures that the tests share: a real service on a real PostgreSQL.
 
-The database is an embedded one in a temporary folder, or a new one beside the one that TEST_DATABASE_URL names. Where
-TEST_POOLER is set, services reach it, and each other server that has a URL, through a PgBouncer in transaction mode.
+The database belongs to an embedded PostgreSQL in a temporary folder, or to the server that TEST_DATABASE_URL names. If
+TEST_POOLER is set, services connect to every server through a PgBouncer in transaction mode.
 """
 
 import os
@@ -26,12 +26,12 @@ from todo_api import embedded
 
 @pytest.fixture
 def figure(record_property: Figure) -> Figure:
-    """Give a function that has a figure printed at the end of the run, by its name; the README quotes these."""
+    """Return a function that takes the name and the value of a figure, which pytest prints at the end of the run."""
     return record_property
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the figures that tests saw."""
+    """Print the figures that the tests measured."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     figures = {figure for report in reports for figure in getattr(report, "user_properties", [])}
     for name, value in sorted(figures):
@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Give a function that starts a service; whatever the test leaves running in its folder is ended after it."""
+    """Return a function that starts a service. After the test, kill the services and PostgreSQL servers it left."""
     started: list[Service] = []
 
     def start(**options: Any) -> Service:
@@ -63,7 +63,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Give the connection string of a database of this test process's own; two processes share the tests."""
+    """Return the connection string of a database that only this test process uses; pytest runs two of them."""
     if given := os.environ.get("TEST_DATABASE_URL"):
         with new_database(given) as database:
             yield database
@@ -77,7 +77,7 @@ def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def database_url(conninfo: str) -> str:
-    """Give the tests' database as a URL, the form that DATABASE_URL takes."""
+    """Return the URL of the tests' database, as DATABASE_URL takes it."""
     return as_url(conninfo)
 
 
@@ -91,13 +91,13 @@ def service(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iter
 
 @pytest.fixture(scope="session")
 def client(service: Service) -> httpx.Client:
-    """Give an HTTP client of the service."""
+    """Return an HTTP client of the service."""
     return service.client
 
 
 @pytest.fixture
 def db(service: Service, conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
-    """Give a connection to the service's database, which holds no tasks and no keys."""
+    """Return a connection to the service's database, without any tasks and idempotency keys."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute("DELETE FROM tasks")
         connection.execute("DELETE FROM idempotency_keys")
@@ -106,7 +106,7 @@ def db(service: Service, conninfo: str) -> Iterator[psycopg.Connection[TupleRow]
 
 @pytest.fixture
 def create(client: httpx.Client) -> Create:
-    """Give a function that creates a task and returns it."""
+    """Return a function that creates a task and returns it."""
 
     def create(title: str = "Buy milk", **members: Any) -> dict[str, Any]:
         response = client.post("/api/tasks", json={"title": title, **members})

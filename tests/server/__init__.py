@@ -1,1 +1,1 @@
-"""The processes: how they are set up and started, what they do with connections, and how they stop."""
+"""The processes of the service: their settings, how they start, handle connections and stop."""

@@ -1,4 +1,4 @@
-"""``flask migrate``, ``flask psql`` and ``flask openapi``, as a person types them."""
+"""``flask migrate``, ``flask psql`` and ``flask openapi``, run as on a command line."""
 
 import json
 import os
@@ -25,7 +25,7 @@ LIST = ["--set=user_id=local", "-f", "sql/tasks/list.sql"]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run a service on a folder that ``flask migrate`` made."""
+    """Run a service on a DATA_DIR that ``flask migrate`` has created."""
     data_dir = tmp_path_factory.mktemp("commands") / "data"
     done = flask("migrate", DATA_DIR=data_dir)
     assert (done.returncode, done.stdout) == (0, "The database is up to date.\n"), done.stderr
@@ -38,12 +38,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def data_dir(service: Service) -> Path:
-    """Give the DATA_DIR of the running service."""
+    """Return the DATA_DIR of the running service."""
     return service.log_file.with_name("data")
 
 
 def flask(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run one of flask's commands and wait for its end."""
+    """Run a flask command and wait for its end."""
     return subprocess.run(
         [*FLASK, *arguments],
         cwd=ROOT,
@@ -56,13 +56,13 @@ def flask(*arguments: str, **settings: object) -> subprocess.CompletedProcess[st
     )
 
 
-def test_migrate_works_again_and_beside_a_running_service(service: Service, data_dir: Path) -> None:
+def test_migrate_can_be_repeated_while_the_service_runs(service: Service, data_dir: Path) -> None:
     done = flask("migrate", DATA_DIR=data_dir)
     assert (done.returncode, done.stdout) == (0, "The database is up to date.\n"), done.stderr
     assert service.answers()
 
 
-def test_migrate_names_a_database_that_cannot_be_reached_in_one_line() -> None:
+def test_migrate_reports_an_unreachable_database_in_one_line() -> None:
     done = flask("migrate", DATABASE_URL="postgresql://user:h-u-s-h@127.0.0.1:1/name")
     assert done.returncode != 0
     assert done.stderr.count("\n") == 1
@@ -70,7 +70,7 @@ def test_migrate_names_a_database_that_cannot_be_reached_in_one_line() -> None:
     assert "h-u-s-h" not in done.stderr
 
 
-def test_psql_passes_its_arguments_on_and_leaves_a_running_server_alone(service: Service, data_dir: Path) -> None:
+def test_psql_passes_its_arguments_on_and_does_not_affect_a_running_server(service: Service, data_dir: Path) -> None:
     server = postmaster_in(data_dir)
     done = flask("psql", *PLAIN, "-v", "x=it's $HOME", "-c", "select 1", "-f", "-", DATA_DIR=data_dir)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
@@ -79,7 +79,7 @@ def test_psql_passes_its_arguments_on_and_leaves_a_running_server_alone(service:
     assert service.answers()
 
 
-def test_psql_runs_the_services_own_files(service: Service, data_dir: Path) -> None:
+def test_psql_runs_the_sql_files(service: Service, data_dir: Path) -> None:
     task = service.client.post("/api/tasks", json={"title": "Show me in psql"}).json()
     done = flask("psql", "-X", "-v", "ON_ERROR_STOP=1", "--csv", *LIST, DATA_DIR=data_dir)
     assert done.returncode == 0, done.stderr
@@ -87,24 +87,24 @@ def test_psql_runs_the_services_own_files(service: Service, data_dir: Path) -> N
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["-c", "broken"], 1), (["--no-such-option"], 1)])
-def test_psqls_exit_status_is_passed_on(arguments: list[str], status: int, data_dir: Path) -> None:
+def test_the_exit_status_is_that_of_psql(arguments: list[str], status: int, data_dir: Path) -> None:
     assert flask("psql", *PLAIN, *arguments, DATA_DIR=data_dir).returncode == status
 
 
-def test_a_script_that_fails_in_psql_gives_psqls_status(tmp_path: Path, data_dir: Path) -> None:
+def test_the_exit_status_of_a_failed_script_is_that_of_psql(tmp_path: Path, data_dir: Path) -> None:
     (tmp_path / "script.sql").write_text("broken;")
     stop = ["-v", "ON_ERROR_STOP=1"]
     assert flask("psql", *PLAIN, *stop, "-f", str(tmp_path / "script.sql"), DATA_DIR=data_dir).returncode == 3
 
 
-def test_psql_starts_a_server_that_does_not_run_and_stops_it_again(tmp_path: Path) -> None:
+def test_psql_starts_the_server_if_it_does_not_run_and_then_stops_it(tmp_path: Path) -> None:
     done = flask("psql", *PLAIN, "-c", "select current_user", DATA_DIR=tmp_path / "data")
     assert (done.returncode, done.stdout) == (0, "todo\n"), done.stderr
     assert servers_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_psqls_server_stops_when_the_terminal_is_closed(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_server_that_psql_started_stops_when_the_terminal_is_closed(number: signal.Signals, tmp_path: Path) -> None:
     command = [*FLASK, "psql", *PLAIN, "-c", "select pg_sleep(600)"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(DATA_DIR=tmp_path / "data"), stderr=subprocess.PIPE, text=True
@@ -112,7 +112,7 @@ def test_psqls_server_stops_when_the_terminal_is_closed(number: signal.Signals, 
     wait_until(lambda: "psql" in children(process.pid).values())
     process.send_signal(number)
     time.sleep(0.03)
-    process.send_signal(number)  # terminals and shells do so, too
+    process.send_signal(number)  # as terminals and shells do
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
@@ -133,7 +133,7 @@ def test_ctrl_c_cancels_the_statement_in_psql(data_dir: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_psql_uses_database_url_and_keeps_its_password_out_of_sight(tmp_path: Path, data_dir: Path) -> None:
+def test_psql_uses_database_url_and_has_no_password_in_its_arguments(tmp_path: Path, data_dir: Path) -> None:
     host = quote(str(data_dir / "postgres"), safe="")
     url = f"postgresql://todo:h-u-s-h@{host}/todo"
     command = [*FLASK, "psql", *PLAIN, "-c", "select pg_sleep(600)"]
@@ -153,7 +153,7 @@ def test_psql_uses_database_url_and_keeps_its_password_out_of_sight(tmp_path: Pa
 
 
 def test_psql_gets_the_password_of_database_url(data_dir: Path, tmp_path: Path) -> None:
-    # The embedded server asks for none, so the test looks at what psql gets.
+    # The embedded server does not ask for a password, so the test reads the environment of psql.
     host = quote(str(data_dir / "postgres"), safe="")
     done = flask(
         "psql",
@@ -166,7 +166,7 @@ def test_psql_gets_the_password_of_database_url(data_dir: Path, tmp_path: Path) 
     assert (done.returncode, done.stdout) == (0, "h@sh\n"), done.stderr
 
 
-def test_openapi_needs_no_database_and_makes_no_folder(tmp_path: Path) -> None:
+def test_openapi_needs_no_database_and_creates_no_folder(tmp_path: Path) -> None:
     for settings in ({"DATA_DIR": tmp_path / "data"}, {"DATABASE_URL": "postgresql://127.0.0.1:1/name"}):
         done = flask("openapi", "print", **settings)
         assert done.returncode == 0, done.stderr
@@ -174,6 +174,6 @@ def test_openapi_needs_no_database_and_makes_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_psqls_own_options_choose_another_database_of_the_same_server(data_dir: Path) -> None:
+def test_options_of_psql_choose_another_database_of_the_same_server(data_dir: Path) -> None:
     done = flask("psql", *PLAIN, "-d", "postgres", "-c", "select current_database()", DATA_DIR=data_dir)
     assert done.stdout == "postgres\n"

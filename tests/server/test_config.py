@@ -1,4 +1,4 @@
-"""The settings: where they come from, and one line about each that is wrong."""
+"""The settings: their sources, their defaults, and one line about an invalid value."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ PROGRAMS = {
     "gunicorn wsgi:app": ["-m", "gunicorn", "-b", "127.0.0.1:0", "wsgi:app"],
     "flask migrate": ["-m", "flask", "--app", "wsgi", "migrate"],
 }
-WRONG = [
+INVALID = [
     ("PORT", "abc"),
     ("PORT", "0"),
     ("PORT", "99999"),
@@ -33,7 +33,7 @@ WRONG = [
     ("USER_ID", "x" * 256),
     ("CORS_ORIGINS", "app.example"),
 ]
-ALSO_WRONG = [  # found by the same function, so that one process is enough
+ALSO_INVALID = [  # the same function rejects them, so one process is enough
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}%@host/name"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}/@host/name"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@@host/name"),
@@ -42,7 +42,7 @@ ALSO_WRONG = [  # found by the same function, so that one process is enough
     ("DATABASE_URL", f"host=127.0.0.1 password={PASSWORD}"),
     ("DATA_DIR", "~nobody-of-this-name/data"),
     ("HOST", "127.0.0.1:8000"),
-    ("CORS_ORIGINS", "http://[::1]:3000"),  # Flask-CORS would take it for a pattern
+    ("CORS_ORIGINS", "http://[::1]:3000"),  # Flask-CORS would read it as a pattern
     ("CORS_ORIGINS", "https://app.example.com/"),
     ("WEB_CONCURRENCY", "0"),
     ("WEB_THREADS", "257"),
@@ -64,7 +64,7 @@ ALSO_WRONG = [  # found by the same function, so that one process is enough
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Copy the project's files, so that a test can give it a .env."""
+    """Return a copy of the project, in which a test can write a .env file."""
     for name in ("todo_api", "sql"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "wsgi.py", tmp_path)
@@ -72,7 +72,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def settings(project: Path, **variables: str) -> config.Settings:
-    """Read the settings as the service does, in a process of their own."""
+    """Return the settings that the service reads in a new process."""
     script = (
         "import dataclasses, json, todo_api.config as c; print(json.dumps(dataclasses.asdict(c.load()), default=str))"
     )
@@ -85,7 +85,7 @@ def settings(project: Path, **variables: str) -> config.Settings:
 
 
 def run(project: Path, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a project and wait for its end."""
+    """Run Python in a project folder and wait for its end."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=project,
@@ -97,11 +97,13 @@ def run(project: Path, arguments: list[str], **variables: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_wrong_value_stops_each_program_with_a_line_that_names_it(name: str, value: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), INVALID)
+def test_an_invalid_value_stops_each_program_with_one_line_that_names_the_setting(
+    name: str, value: str, tmp_path: Path
+) -> None:
     programs = dict(PROGRAMS)
     if name == "WEB_CONCURRENCY":
-        del programs["gunicorn wsgi:app"]  # gunicorn ends with a traceback of its own before it reads anything of ours
+        del programs["gunicorn wsgi:app"]  # gunicorn rejects it with its own traceback first
     variables = environment(**{"DATA_DIR": tmp_path / "data", "PORT": free_port(), name: value})
     running = {
         program: subprocess.Popen(
@@ -120,8 +122,8 @@ def test_a_wrong_value_stops_each_program_with_a_line_that_names_it(name: str, v
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), ALSO_WRONG)
-def test_a_wrong_value_is_named_in_one_line(
+@pytest.mark.parametrize(("name", "value"), ALSO_INVALID)
+def test_an_invalid_value_is_reported_in_one_line(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -134,20 +136,20 @@ def test_a_wrong_value_is_named_in_one_line(
     assert PASSWORD not in errors
 
 
-def test_dotenv_is_read_and_the_environment_comes_before_it(project: Path) -> None:
+def test_dotenv_is_read_and_the_environment_overrides_it(project: Path) -> None:
     (project / ".env").write_text("PORT=8001\nUSER_ID=somebody\n")
     found = settings(project, PORT="8002")
     assert (found.port, found.user_id) == (8002, "somebody")
 
 
-def test_a_wrong_value_in_dotenv_stops_the_start(project: Path) -> None:
+def test_an_invalid_value_in_dotenv_stops_the_start(project: Path) -> None:
     (project / ".env").write_text("PORT=http\n")
     done = run(project, ["wsgi.py"])
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
     assert "PORT" in done.stderr
 
 
-def test_a_dotenv_that_is_no_text_gets_one_line(project: Path) -> None:
+def test_a_dotenv_that_is_not_utf_8_is_reported_in_one_line(project: Path) -> None:
     (project / ".env").write_bytes(b"USER_ID=\xff\n")
     done = run(project, ["wsgi.py"])
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
@@ -162,7 +164,7 @@ def test_an_empty_value_means_the_default(project: Path) -> None:
     assert defaults.port == config.Settings.port
 
 
-def test_the_example_names_every_setting_with_its_default(project: Path) -> None:
+def test_the_example_lists_every_setting_with_its_default(project: Path) -> None:
     defaults = settings(project)
     shutil.copy(ROOT / ".env.example", project / ".env")
     assert settings(project) == defaults
@@ -171,21 +173,21 @@ def test_the_example_names_every_setting_with_its_default(project: Path) -> None
     assert shown == [field.name.upper() for field in fields(config.Settings)]
 
 
-def test_the_defaults_are_those_of_the_class(project: Path) -> None:
+def test_the_defaults_are_those_of_the_settings_class(project: Path) -> None:
     found = asdict(settings(project))
-    workers = found.pop("web_concurrency")  # one for each core
+    workers = found.pop("web_concurrency")  # one per core
     assert 1 <= workers <= 8
     expected = asdict(config.Settings()) | {"data_dir": project / ".data"}
     del expected["web_concurrency"]
     assert found == expected
 
 
-def test_origins_are_listed_with_commas(project: Path) -> None:
+def test_origins_are_separated_by_commas(project: Path) -> None:
     assert settings(project).cors_origins == ()
     found = settings(project, CORS_ORIGINS="https://app.example,http://localhost:3000")
     assert found.cors_origins == ("https://app.example", "http://localhost:3000")
 
 
-def test_a_relative_data_dir_starts_at_the_project_and_a_tilde_at_home(project: Path) -> None:
+def test_a_relative_data_dir_is_in_the_project_and_a_tilde_is_the_home_folder(project: Path) -> None:
     assert settings(project, DATA_DIR="data").data_dir == project / "data"
     assert settings(project, DATA_DIR="~/data", HOME="/home/me").data_dir == Path("/home/me/data")

@@ -1,4 +1,4 @@
-"""With another gunicorn than the tested one, the service says so and serves with gunicorn's own worker."""
+"""With another gunicorn than the tested one, the service logs a warning and uses gunicorn's own worker."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ WITHOUT_A_NAME = "from gunicorn.workers.gthread import ThreadWorker\ndel ThreadW
 
 
 def overridden(ours: type, theirs: type) -> set[str]:
-    """Return the names of a class that one of ours overrides."""
+    """Return the attributes of a class of gunicorn that the service's class overrides."""
     return {name for name in vars(ours) if name in vars(theirs) and not name.startswith(("__doc", "__mod", "__firstl"))}
 
 
@@ -39,7 +39,7 @@ def test_the_installed_gunicorn_is_the_tested_one() -> None:
         (WITHOUT_A_NAME, "gunicorn has no _cap_keepalive in gunicorn.workers.gthread:ThreadWorker"),
     ],
 )
-def test_another_gunicorn_gets_a_line_and_serves_with_its_own_worker(
+def test_another_gunicorn_is_logged_once_and_serves_with_its_own_worker(
     change: str, reason: str, tmp_path: Path, database_url: str, start: Start
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(change)

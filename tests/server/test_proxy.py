@@ -1,4 +1,4 @@
-"""Behind nginx with .deploy/nginx.conf: TLS, slow clients, nginx's own errors, and what passes unharmed."""
+"""The service behind nginx with .deploy/nginx.conf: TLS, slow clients, nginx's own errors, unchanged responses."""
 
 import re
 import signal
@@ -30,7 +30,8 @@ GET = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 TASK_1 = "INSERT INTO tasks (id, user_id, title, version) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'é%/+ x', 7)"
 SELF_SIGNED = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x -addext"
-# What a distribution's nginx.conf puts around the file, here in the test's folder, which only its owner may enter.
+# The rest of the configuration, as in a distribution's nginx.conf. All files are in the test's folder, which only its
+# owner may enter.
 AROUND = """user root; pid pid; events {{}}
 http {{
     access_log off; client_body_temp_path body; proxy_temp_path proxy;
@@ -39,14 +40,14 @@ http {{
 }}"""
 
 
-def front(start: Start, folder: Path, behind: Service, more: str = "") -> Service:
-    """Start nginx with .deploy/nginx.conf and ``more`` configuration in front of a service."""
+def start_nginx(start: Start, folder: Path, behind: Service, more: str = "") -> Service:
+    """Start nginx in front of a service, with .deploy/nginx.conf and ``more`` configuration."""
     certificate, key, port = folder / "certificate", folder / "key", free_port()
     file = (ROOT / ".deploy" / "nginx.conf").read_text(encoding="utf-8")
     for theirs, ours in (
         ("/etc/ssl/certs/tasks.example.com.pem", certificate.name),
         ("/etc/ssl/private/tasks.example.com.key", key.name),
-        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl sndbuf=32k"),  # the kernel's part, as small as on a slow way
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl sndbuf=32k"),  # a small buffer, as on a slow network
         ("127.0.0.1:8000", f"127.0.0.1:{behind.port}"),
     ):
         assert file.count(theirs) == 1, theirs
@@ -62,18 +63,18 @@ def front(start: Start, folder: Path, behind: Service, more: str = "") -> Servic
 
 
 def tls(nginx: Service) -> ssl.SSLContext:
-    """Trust the certificate that was made for it, and no other."""
+    """Return a TLS context that trusts only the certificate of this nginx."""
     return ssl.create_default_context(cafile=nginx.log_file.with_name("certificate"))
 
 
 @pytest.fixture
 def nginx(start: Start, tmp_path: Path, service: Service) -> Service:
     """Run nginx in front of the session's service."""
-    return front(start, tmp_path, service)
+    return start_nginx(start, tmp_path, service)
 
 
 def send(nginx: Service, request: bytes) -> ssl.SSLSocket:
-    """Send bytes over a connection of their own, which takes little of an answer that is not read."""
+    """Send bytes over a new connection, which buffers little of a response that is not read."""
     plain = socket.create_connection(("127.0.0.1", nginx.port), timeout=20)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
     connection = tls(nginx).wrap_socket(plain, server_hostname="127.0.0.1")
@@ -81,14 +82,14 @@ def send(nginx: Service, request: bytes) -> ssl.SSLSocket:
     return connection
 
 
-def answer_to(connection: ssl.SSLSocket) -> HTTPResponse:
-    """Read the head of an answer."""
-    answer = HTTPResponse(connection)
-    answer.begin()
-    return answer
+def response_to(connection: ssl.SSLSocket) -> HTTPResponse:
+    """Read the head of a response."""
+    response = HTTPResponse(connection)
+    response.begin()
+    return response
 
 
-def test_the_calls_and_what_their_headers_ask_for_work(nginx: Service, db: Database) -> None:
+def test_the_calls_and_their_request_headers_work(nginx: Service, db: Database) -> None:
     client = nginx.client
     sent = {"Idempotency-Key": "once", "X-Request-ID": "mine", "Host": "evil.example", "X-Forwarded-Host": "evil"}
     created, again = (client.post("/api/tasks", json={"title": "é"}, headers=sent) for _ in range(2))
@@ -102,24 +103,24 @@ def test_the_calls_and_what_their_headers_ask_for_work(nginx: Service, db: Datab
     assert client.get("/docs/", headers=sent).headers["Location"] == "/docs"
 
 
-def test_an_answer_is_as_it_is_without_nginx(nginx: Service, service: Service, db: Database) -> None:
+def test_responses_are_the_same_as_without_nginx(nginx: Service, service: Service, db: Database) -> None:
     db.execute(TASK_1)
     for call in product(("GET", "HEAD", "PUT", "PATCH"), ("", "?limit=1&q=%C3%A9%25%2F%2B+", "/1", "/%2e%2e//2")):
-        assert seen(nginx.client, *call) == seen(service.client, *call)
+        assert response_of_the_service(nginx.client, *call) == response_of_the_service(service.client, *call)
 
 
-def seen(client: httpx.Client, method: str, path: str) -> tuple[int, bytes, dict[str, str]]:
-    """Make a call and give what of its answer is the service's."""
+def response_of_the_service(client: httpx.Client, method: str, path: str) -> tuple[int, bytes, dict[str, str]]:
+    """Make a call and return its status, its body, and the headers that the service sets."""
     sent = {"X-Request-ID": "mine", "X-Forwarded-Proto": "http", "If-None-Match": '"7"', "Range": "bytes=5-9", **JSON}
-    answer = client.request(method, f"/api/tasks{path}", headers=sent)
-    ours = {name: answer.headers[name] for name in answer.headers if name not in {"connection", "date", "server"}}
-    return answer.status_code, answer.content, ours
+    response = client.request(method, f"/api/tasks{path}", headers=sent)
+    ours = {name: response.headers[name] for name in response.headers if name not in {"connection", "date", "server"}}
+    return response.status_code, response.content, ours
 
 
-def test_long_lists_are_compressed_and_the_longest_task_keeps_its_tag(nginx: Service, db: Database) -> None:
+def test_long_lists_are_compressed_and_the_longest_task_keeps_its_etag(nginx: Service, db: Database) -> None:
     longest = {"title": "\x01" * 200, "description": "\x01" * 2000}
     task = nginx.client.post("/api/tasks", json=longest).headers["Location"]
-    tag = {"If-Match": nginx.client.get(task).headers["ETag"]}  # nginx would compress a 200, but no 201
+    tag = {"If-Match": nginx.client.get(task).headers["ETag"]}  # of a 200, since nginx does not compress a 201
     assert nginx.client.post(f"{task}/toggle", headers=tag).status_code == 200
     db.execute(SEED, {"count": 200})
     full = nginx.client.get("/api/tasks")
@@ -128,52 +129,52 @@ def test_long_lists_are_compressed_and_the_longest_task_keeps_its_tag(nginx: Ser
     assert [task for page in pages(nginx.client, limit=150) for task in page] == full.json()
 
 
-def test_50_clients_that_send_a_byte_at_a_time_hold_up_nobody(nginx: Service, db: Database) -> None:
+def test_50_clients_that_send_a_byte_at_a_time_do_not_delay_others(nginx: Service, db: Database) -> None:
     body = b'{"title": "slow"}'
     slow = [send(nginx, POST + b"Content-Length: %d\r\n\r\n" % len(body)) for _ in range(50)]
     for byte in body:
         assert nginx.client.post("/api/tasks", json={"title": "quick"}).status_code == 201
         for connection in slow:
             connection.sendall(bytes([byte]))
-    assert [answer_to(connection).status for connection in slow] == [201] * 50
+    assert [response_to(connection).status for connection in slow] == [201] * 50
 
 
-def test_50_clients_that_read_a_list_of_10_000_slowly_hold_up_nobody(nginx: Service, db: Database) -> None:
+def test_50_clients_that_read_a_list_of_10_000_slowly_do_not_delay_others(nginx: Service, db: Database) -> None:
     db.execute(SEED, {"count": 10_000})
-    db.execute("UPDATE tasks SET description = repeat('x', 500)")  # 7 MB: the kernel takes up to 4 from the service
+    db.execute("UPDATE tasks SET description = repeat('x', 500)")  # 7 MB, of which the kernel buffers up to 4 MB
     expected = nginx.client.get("/api/tasks").content
-    slow = [answer_to(send(nginx, GET)) for _ in range(50)]
+    slow = [response_to(send(nginx, GET)) for _ in range(50)]
     read = [b""] * len(slow)
     for _ in range(10):
         assert nginx.client.get("/readyz").status_code == 200
-        read = [begun + answer.read(100) for begun, answer in zip(read, slow, strict=True)]
-    assert {begun + answer.read() for begun, answer in zip(read[:5], slow[:5], strict=True)} == {expected}
+        read = [begun + response.read(100) for begun, response in zip(read, slow, strict=True)]
+    assert {begun + response.read() for begun, response in zip(read[:5], slow[:5], strict=True)} == {expected}
 
 
-def test_a_body_over_the_limit_gets_the_problem_that_the_service_gives(nginx: Service, service: Service) -> None:
+def test_a_body_over_the_limit_gets_the_same_problem_as_without_nginx(nginx: Service, service: Service) -> None:
     for client, size in product((nginx.client, service.client), (65_537, 3_000_000)):
         for body in (b" " * size, iter([b" " * size])):  # the second is sent in chunks
-            answer = client.post("/api/tasks", content=body, headers=JSON)
-            assert assert_problem(answer, 413, "content_too_large")["title"] == "Content Too Large"
+            response = client.post("/api/tasks", content=body, headers=JSON)
+            assert assert_problem(response, 413, "content_too_large")["title"] == "Content Too Large"
     assert nginx.client.post("/api/tasks", content=b'{"title": "x"}'.ljust(65_536), headers=JSON).status_code == 201
 
 
-def test_what_nginx_refuses_is_a_problem_too(nginx: Service) -> None:
+def test_a_request_that_nginx_rejects_gets_a_problem(nginx: Service) -> None:
     for request, status, kind in (
         (b"GARBAGE\r\n\r\n", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 9000 + b"\r\n\r\n", 400, "malformed_request"),
         (b"GET /problem HTTP/1.1\r\nHost: x\r\n\r\n", 404, "not_found"),
-        (POST + b"Content-Length: 65537\r\n\r\n{", 413, "content_too_large"),  # its client is still sending
+        (POST + b"Content-Length: 65537\r\n\r\n{", 413, "content_too_large"),  # the client is still sending
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
     ):
-        answer = answer_to(send(nginx, request))
-        assert_problem(httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read()), status, kind)
+        raw = response_to(send(nginx, request))
+        assert_problem(httpx.Response(raw.status, headers=raw.getheaders(), content=raw.read()), status, kind)
     assert_problem(httpx.get(nginx.url.replace("https", "http")), 400, "malformed_request")
 
 
-def test_a_service_that_is_away_or_frozen_is_a_problem(start: Start, tmp_path: Path, database_url: str) -> None:
+def test_a_stopped_or_frozen_service_is_a_problem(start: Start, tmp_path: Path, database_url: str) -> None:
     service = start(DATABASE_URL=database_url).wait()
-    nginx = front(start, tmp_path, service, "proxy_read_timeout 3s;")
+    nginx = start_nginx(start, tmp_path, service, "proxy_read_timeout 3s;")
     [worker] = workers(service)
     worker.suspend()
     assert_problem(nginx.client.get("/api/tasks"), 504, "gateway_timeout")
@@ -185,37 +186,37 @@ def test_a_service_that_is_away_or_frozen_is_a_problem(start: Start, tmp_path: P
 
 
 @pytest.mark.parametrize("call", ["POST  502", "PATCH /1 502", "POST /1/toggle 502", "GET  200"])
-def test_only_what_may_be_done_twice_is_sent_again_where_a_worker_dies_over_it(
+def test_nginx_retries_only_safe_requests_if_a_worker_dies(
     start: Start, tmp_path: Path, database_url: str, db: Database, call: str
 ) -> None:
     method, path, status = call.split(" ")
     db.execute(TASK_1)
     service = start(DATABASE_URL=database_url).wait()
-    nginx = front(start, tmp_path, service)  # it keeps a connection: only on such a one would it try again
+    nginx = start_nginx(start, tmp_path, service)  # it retries only on a connection that it has kept open
     [worker] = workers(service)
     worker.suspend()
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(nginx.client.request, method, f"/api/tasks{path}", json={"title": "x"})
-        wait_until(lambda: unread(service.port))
+        response = thread.submit(nginx.client.request, method, f"/api/tasks{path}", json={"title": "x"})
+        wait_until(lambda: has_unread_data(service.port))
         worker.kill()
-        assert answer.result().status_code == int(status)
+        assert response.result().status_code == int(status)
     wait_until(service.answers)
     assert [(task["id"], task["version"]) for task in service.client.get("/api/tasks").json()] == [(1, 7)]
 
 
-def unread(port: int) -> bool:
-    """Say whether a connection to a port has brought what nobody has read yet."""
-    established = rf":{port:04X} \S+ 01 \w+:(?!0{{8}})"  # the local port, the other end, the state, the two queues
+def has_unread_data(port: int) -> bool:
+    """Return whether a connection to a port has data that no process has read."""
+    established = rf":{port:04X} \S+ 01 \w+:(?!0{{8}})"  # the local port, the remote address, the state, the two queues
     return bool(re.search(established, Path("/proc/net/tcp").read_text(encoding="ascii")))
 
 
-def test_a_reload_of_the_service_under_load_is_not_seen(
+def test_no_request_fails_during_a_reload_of_the_service(
     start: Start, tmp_path: Path, database_url: str, db: Database, conninfo: str
 ) -> None:
     service = start(DATABASE_URL=database_url, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2)
     before = {worker.pid for worker in workers(service)}
-    with Load(front(start, tmp_path, service), 10) as load:
+    with Load(start_nginx(start, tmp_path, service), 10) as load:
         service.process.send_signal(signal.SIGHUP)
         wait_until(lambda: not before & {worker.pid for worker in workers(service)})
     assert set(load.statuses()) == {201}

@@ -1,4 +1,4 @@
-"""Requests that no HTTP library would send get their problem, too; these go over a socket."""
+"""Requests that no HTTP library would send, over a raw socket: their responses are problems, too."""
 
 import json
 import re
@@ -17,20 +17,20 @@ CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
 
 def send(service: Service, request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes, say that no more will come, and give the first answer's status, headers and body."""
+    """Send bytes, close the sending side, and return the status, headers and body of the first response."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that it waits for a server that reads
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that sendall() waits for the server
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
-        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
-    head, _, body = answer.partition(b"\r\n\r\n")
+        response = b"".join(iter(lambda: connection.recv(65_536), b""))
+    head, _, body = response.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines)
     return int(status.split()[1]), headers, body[: int(headers["Content-Length"])]
 
 
 def problem(service: Service, request: bytes) -> dict[str, Any]:
-    """Send bytes and give the problem that comes back, after checking what every answer has."""
+    """Send bytes, check the headers that every response has, and return the problem."""
     status, headers, body = send(service, request)
     members: dict[str, Any] = json.loads(body)
     assert headers["Content-Type"] == "application/problem+json"
@@ -52,14 +52,14 @@ def problem(service: Service, request: bytes) -> dict[str, Any]:
         b'Transfer-Encoding: chunked\r\n\r\ne\r\n{"title": "x"}\r\n0\r\nbad trailer\r\n\r\n',
     ],
 )
-def test_a_body_that_did_not_arrive_whole_is_malformed_and_stores_nothing(
+def test_an_incomplete_or_malformed_body_is_rejected_and_stores_nothing(
     service: Service, db: psycopg.Connection[TupleRow], rest: bytes
 ) -> None:
     assert problem(service, POST + rest)["type"] == "malformed_request"
     assert db.execute("SELECT 1 FROM tasks").fetchall() == []
 
 
-def test_a_chunked_body_in_many_pieces_is_read(service: Service) -> None:
+def test_a_body_of_many_chunks_is_read(service: Service) -> None:
     pieces = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"title": "x"}')
     status, headers, _ = send(service, POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")
     assert (status, headers["Content-Type"]) == (201, "application/json")
@@ -81,7 +81,7 @@ def test_a_chunked_body_in_many_pieces_is_read(service: Service) -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 9000 + b"\r\n\r\n", 431, "request_header_fields_too_large"),
     ],
 )
-def test_what_the_server_itself_cannot_read_is_a_problem_too(
+def test_a_request_that_gunicorn_cannot_parse_gets_a_problem(
     service: Service, request_bytes: bytes, status: int, kind: str
 ) -> None:
     members = problem(service, request_bytes)
@@ -94,7 +94,7 @@ def test_headers_do_not_change_the_routing(service: Service, header: bytes) -> N
     assert (status, headers["Content-Type"]) in {(200, "application/json"), (400, "application/problem+json")}
 
 
-def test_the_host_header_does_not_reach_the_location(service: Service) -> None:
+def test_the_host_header_does_not_change_the_location(service: Service) -> None:
     body = b'{"title": "x"}'
     request = POST.replace(b"Host: x", b"Host: evil.example") + b"Content-Length: %d\r\n\r\n" % len(body) + body
     assert send(service, request)[1]["Location"].startswith("/api/tasks/")
@@ -108,14 +108,14 @@ def test_the_host_header_does_not_reach_the_location(service: Service) -> None:
         (b"/api/tasks", b"Transfer-Encoding: chunked\r\n\r\ndbba0\r\n" + b" " * 900_000 + b"\r\n0\r\n\r\n"),
     ],
 )
-def test_a_body_over_the_limit_is_413_on_every_call_and_the_answer_says_that_the_connection_closes(
+def test_a_body_over_the_limit_is_413_on_every_call_and_closes_the_connection(
     service: Service, path: bytes, rest: bytes
 ) -> None:
     status, headers, _ = send(service, POST.replace(b"/api/tasks", path) + rest)
     assert (status, headers["Connection"]) == (413, "close")
 
 
-def test_what_the_server_cannot_read_is_in_the_log_with_its_id(service: Service) -> None:
+def test_a_request_that_gunicorn_cannot_parse_is_logged_with_its_id(service: Service) -> None:
     _, headers, _ = send(service, b"NONSENSE\r\n\r\n")
     assert re.search(rf"400 .*NONSENSE.* {headers['X-Request-ID']}$", service.log(), re.MULTILINE)
 
@@ -129,20 +129,20 @@ def chunked(body: bytes) -> bytes:
     return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
 
 
-def test_a_chunked_request_keeps_its_connection(service: Service) -> None:
+def test_a_chunked_request_keeps_its_connection_open(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
         for _ in range(3):
             connection.sendall(POST + CHUNKED + chunked(SMALL))
-            answer = connection.recv(65_536)
-            assert answer.startswith(b"HTTP/1.1 201 ")
-            assert b"Connection: keep-alive\r\n" in answer
+            response = connection.recv(65_536)
+            assert response.startswith(b"HTTP/1.1 201 ")
+            assert b"Connection: keep-alive\r\n" in response
 
 
 @pytest.mark.parametrize("limit", [1024, 65_536, 100_000])
 @pytest.mark.parametrize(
     "target", [b"POST /nope", b"PUT /api/tasks", b"POST /api/tasks/999/toggle", b"DELETE /healthz"]
 )
-def test_no_answer_says_keep_alive_on_a_connection_that_then_closes(
+def test_a_response_announces_whether_its_connection_stays_open(
     limit: int, target: bytes, database_url: str, start: Start
 ) -> None:
     service = start(DATABASE_URL=database_url, MAX_BODY_BYTES=limit).wait()
@@ -150,23 +150,23 @@ def test_no_answer_says_keep_alive_on_a_connection_that_then_closes(
     for size in (0, 1, limit - 1, limit, limit + 1, 65_535, 65_536, 65_537, 131_072, 900_000):
         for framed in (b"Content-Length: %d\r\n\r\n" % size + b" " * size, CHUNKED + chunked(b" " * size)):
             if size or not framed.startswith(CHUNKED):
-                outcomes.add((size > limit, outcome(service, target + b" HTTP/1.1\r\nHost: x\r\n" + framed)))
+                outcomes.add((size > limit, connection_state(service, target + b" HTTP/1.1\r\nHost: x\r\n" + framed)))
     assert outcomes == {(False, "kept"), (True, "closed")}
 
 
-def outcome(service: Service, request: bytes) -> str:
-    """Send a request, and then another one if the answer keeps the connection. Return what became of the connection."""
+def connection_state(service: Service, request: bytes) -> str:
+    """Send a request, and a second one if the response keeps the connection. Return the state of the connection."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
         connection.sendall(request)
-        with connection.makefile("rb") as answers:
-            if b"Connection: close" in head_of(answers):
-                return "closed" if not answers.read() else "open in spite of its answer"
+        with connection.makefile("rb") as responses:
+            if b"Connection: close" in head_of(responses):
+                return "closed" if not responses.read() else "open in spite of its response"
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            return "kept" if head_of(answers).startswith(b"HTTP/1.1 200 ") else "closed in spite of its answer"
+            return "kept" if head_of(responses).startswith(b"HTTP/1.1 200 ") else "closed in spite of its response"
 
 
-def head_of(answers: BinaryIO) -> bytes:
-    """Read an answer, and return its head."""
-    head = b"".join(iter(answers.readline, b"\r\n"))
-    answers.read(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
+def head_of(responses: BinaryIO) -> bytes:
+    """Read a response, and return its head."""
+    head = b"".join(iter(responses.readline, b"\r\n"))
+    responses.read(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
     return head

@@ -1,4 +1,4 @@
-"""The server: ``python wsgi.py``, gunicorn with settings of one's own, and how both start, reload and stop."""
+"""The server: ``python wsgi.py`` and gunicorn with other settings, how they start, serve, reload and stop."""
 
 import os
 import re
@@ -26,7 +26,7 @@ GUNICORN = [sys.executable, "-m", "gunicorn"]
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give a DATA_DIR that was in use before, and stop the server that the last killed service leaves there."""
+    """Return a DATA_DIR that was in use before. At the end, stop the server that a killed service may have left."""
     folder = tmp_path_factory.mktemp("server") / "data"
     for log in ("before", "after"):
         service = Service(folder.with_name(log), DATA_DIR=folder, WEB_CONCURRENCY=1).wait()
@@ -46,15 +46,15 @@ def test_python_wsgi_py_becomes_gunicorn_with_the_same_process_id(data_dir: Path
     assert service.client.get("/healthz").headers["Server"] == "gunicorn"
 
 
-OWN_SETTINGS = [
+OTHER_SETTINGS = [
     ["-w", "2", "--threads", "2"],
     [],  # one synchronous worker
     ["--preload"],
 ]
 
 
-@pytest.mark.parametrize("arguments", OWN_SETTINGS, ids=" ".join)
-def test_gunicorn_with_settings_of_ones_own_works_on_the_embedded_server(
+@pytest.mark.parametrize("arguments", OTHER_SETTINGS, ids=" ".join)
+def test_gunicorn_with_other_settings_works_with_the_embedded_postgresql(
     arguments: list[str], data_dir: Path, start: Start
 ) -> None:
     port = free_port()
@@ -66,10 +66,10 @@ def test_gunicorn_with_settings_of_ones_own_works_on_the_embedded_server(
     assert "Traceback" not in service.log()
 
 
-def test_arguments_of_python_wsgi_py_go_to_gunicorn(data_dir: Path, start: Start) -> None:
+def test_arguments_of_wsgi_py_are_passed_to_gunicorn(data_dir: Path, start: Start) -> None:
     port = free_port()
     command = [sys.executable, "wsgi.py", "--bind", f"127.0.0.1:{port}", "--threads", "3"]
-    # PORT is taken, which is no matter since --bind goes before it.
+    # PORT is taken, but --bind overrides it.
     with socket.create_server(("127.0.0.1", 0)) as taken:
         service = start(command=command, PORT=taken.getsockname()[1], DATA_DIR=data_dir)
         service.client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
@@ -77,7 +77,7 @@ def test_arguments_of_python_wsgi_py_go_to_gunicorn(data_dir: Path, start: Start
     assert f"serving http://127.0.0.1:{port}, its docs at /docs, with 1 workers of 3 threads" in service.log()
 
 
-def test_the_folder_that_it_is_started_in_does_not_matter(tmp_path: Path, start: Start) -> None:
+def test_the_working_directory_does_not_matter(tmp_path: Path, start: Start) -> None:
     project = tmp_path / "project"
     for name in ("todo_api", "sql"):
         shutil.copytree(ROOT / name, project / name)
@@ -93,47 +93,47 @@ def test_the_folder_that_it_is_started_in_does_not_matter(tmp_path: Path, start:
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_port_in_use_gets_one_line_whoever_has_it(tmp_path: Path, data_dir: Path, start: Start) -> None:
+def test_a_port_in_use_stops_the_start_with_one_line(tmp_path: Path, data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir).wait()
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        ports = [service.port, stranger.getsockname()[1]]
-        for refused in [start(DATA_DIR=tmp_path / "data", PORT=port) for port in ports]:
-            assert refused.process.wait(timeout=30) != 0
-            assert refused.log().count("\n") == 1, refused.log()
-            assert "PORT" in refused.log()
+    with socket.create_server(("127.0.0.1", 0)) as other_program:
+        ports = [service.port, other_program.getsockname()[1]]
+        for rejected in [start(DATA_DIR=tmp_path / "data", PORT=port) for port in ports]:
+            assert rejected.process.wait(timeout=30) != 0
+            assert rejected.log().count("\n") == 1, rejected.log()
+            assert "PORT" in rejected.log()
     assert not (tmp_path / "data").exists()
     assert service.answers()
 
 
-def test_a_service_that_was_killed_can_be_started_again_at_once(data_dir: Path, start: Start) -> None:
+def test_a_killed_service_can_be_restarted_at_once(data_dir: Path, start: Start) -> None:
     killed = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
-    killed.stop(signal.SIGKILL)  # the workers need a moment to notice, and hold the port until then
+    killed.stop(signal.SIGKILL)  # the workers keep the port until they notice
     assert start(DATA_DIR=data_dir, PORT=killed.port).wait().answers()
 
 
-def test_workers_whose_master_is_gone_say_goodbye_to_clients_that_ask_on(data_dir: Path, start: Start) -> None:
+def test_workers_of_a_killed_master_close_the_connections_of_active_clients(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1).wait()
-    with httpx.Client(base_url=service.url) as asking:
-        assert asking.get("/healthz").headers["Connection"] == "keep-alive"
+    with httpx.Client(base_url=service.url) as client:
+        assert client.get("/healthz").headers["Connection"] == "keep-alive"
         service.process.kill()
-        wait_until(lambda: asking.get("/healthz").headers["Connection"] == "close", timeout=5)
+        wait_until(lambda: client.get("/healthz").headers["Connection"] == "close", timeout=5)
 
 
-def test_a_stop_waits_for_no_thread_that_has_nothing_to_do(data_dir: Path, start: Start) -> None:
+def test_a_stop_does_not_wait_for_idle_threads(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     service.process.terminate()
-    assert service.process.wait(timeout=8) == 0  # it gives requests at work 10 s
+    assert service.process.wait(timeout=8) == 0  # less than the 10 s that requests in progress get
 
 
-def test_clients_that_come_at_once_are_shared_out_among_the_workers(data_dir: Path, start: Start) -> None:
+def test_concurrent_connections_are_distributed_among_the_workers(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
-    wait_until(lambda: len(workers(service)) == 2 and min(shares(service)) > 0)  # both are ready
+    wait_until(lambda: len(workers(service)) == 2 and min(connections_per_worker(service)) > 0)  # both are ready
     for _ in range(4):
-        assert min(seen := shares(service)) >= CLIENTS / 8, seen
+        assert min(seen := connections_per_worker(service)) >= CLIENTS / 8, seen
 
 
-def shares(service: Service) -> list[int]:
-    """Let clients come at once and give how many of them each worker has."""
+def connections_per_worker(service: Service) -> list[int]:
+    """Open concurrent connections and return how many of them each worker has."""
     clients = [socket.create_connection(("127.0.0.1", service.port), timeout=30) for _ in range(CLIENTS)]
     for client in clients:
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
@@ -144,20 +144,20 @@ def shares(service: Service) -> list[int]:
     return [count - 1 for count in held]  # without the listening socket
 
 
-def test_clients_that_connect_and_are_silent_keep_nobody_waiting(data_dir: Path, start: Start) -> None:
+def test_silent_connections_do_not_delay_other_clients(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
     with ExitStack() as silent:
         for _ in range(5):
             silent.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
-        time.sleep(0.1)  # for the worker to take them
+        time.sleep(0.1)  # until the worker has accepted them
         assert httpx.get(f"{service.url}/healthz", timeout=3).is_success
 
 
-def test_a_client_that_asks_without_a_pause_keeps_nobody_waiting(data_dir: Path, start: Start) -> None:
+def test_a_client_that_never_pauses_does_not_block_other_clients(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
     done = threading.Event()
 
-    def ask() -> None:
+    def send_requests() -> None:
         with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
             assert client.recv(65_536).startswith(b"HTTP/1.1 200")
@@ -166,52 +166,52 @@ def test_a_client_that_asks_without_a_pause_keeps_nobody_waiting(data_dir: Path,
                 client.recv(65_536)
 
     with ThreadPoolExecutor(1) as threads:
-        asking = threads.submit(ask)
+        client = threads.submit(send_requests)
         try:
             for _ in range(20):
                 assert httpx.get(f"{service.url}/healthz", timeout=10).is_success
         finally:
             done.set()
-        asking.result()
+        client.result()
 
 
 @pytest.mark.parametrize("way", ["2>&-", "2>/dev/full"])
-def test_a_log_that_cannot_be_written_costs_no_request(way: str, data_dir: Path, start: Start) -> None:
+def test_requests_succeed_if_the_log_cannot_be_written(way: str, data_dir: Path, start: Start) -> None:
     command = ["sh", "-c", f'exec "$0" wsgi.py {way}', sys.executable]
     service = start(DATA_DIR=data_dir, command=command).wait()
     for _ in range(100):
         assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
 
 
-@pytest.mark.parametrize("clients", [1, 16])  # more than there are threads
-def test_requests_that_were_sent_along_with_another_are_answered_in_their_order(
-    clients: int, data_dir: Path, start: Start
-) -> None:
+@pytest.mark.parametrize("clients", [1, 16])  # fewer and more than there are threads
+def test_pipelined_requests_are_answered_in_order(clients: int, data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1).wait()
     paths = [f"/nope/{number}" for number in range(30)]
 
-    def ask(_: int) -> list[str]:
+    def send_requests(_: int) -> list[str]:
         with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
             for path in paths:
                 client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
             client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
-            with client.makefile("rb") as answers:
-                return re.findall(r'"instance": "([^"]*)"', answers.read().decode())
+            with client.makefile("rb") as responses:
+                return re.findall(r'"instance": "([^"]*)"', responses.read().decode())
 
     with ThreadPoolExecutor(clients) as threads:
-        assert list(threads.map(ask, range(clients))) == [[*paths, "/nope/last"]] * clients
+        assert list(threads.map(send_requests, range(clients))) == [[*paths, "/nope/last"]] * clients
 
 
-# An application in which a request may end its thread.
+# An application in which a request can raise SystemExit.
 ENDING = """
 import sys
 from wsgi import app
-answer = app.wsgi_app
-app.wsgi_app = lambda environ, start: sys.exit() if environ["PATH_INFO"] == "/end" else answer(environ, start)
+respond = app.wsgi_app
+app.wsgi_app = lambda environ, start: sys.exit() if environ["PATH_INFO"] == "/end" else respond(environ, start)
 """
 
 
-def test_a_request_that_would_end_its_thread_costs_no_other(data_dir: Path, start: Start, tmp_path: Path) -> None:
+def test_a_request_that_raises_system_exit_affects_no_other_request(
+    data_dir: Path, start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "ending.py").write_text(ENDING)
     command = [*GUNICORN, "-c", "python:todo_api.server.gunicorn_conf", "ending:app"]
     service = start(DATA_DIR=data_dir, command=command, PYTHONPATH=tmp_path, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
@@ -222,7 +222,7 @@ def test_a_request_that_would_end_its_thread_costs_no_other(data_dir: Path, star
     assert "SystemExit" in service.log()
 
 
-def test_an_answer_comes_in_one_piece(data_dir: Path, start: Start) -> None:
+def test_a_response_arrives_in_one_piece(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir).wait()
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
         for _ in range(200):
@@ -232,7 +232,7 @@ def test_an_answer_comes_in_one_piece(data_dir: Path, start: Start) -> None:
             assert body
 
 
-def test_redirects_keep_the_path_that_the_service_is_mounted_at(data_dir: Path, start: Start) -> None:
+def test_redirects_include_the_path_at_which_the_service_is_mounted(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, SCRIPT_NAME="/todo")
 
     def answers() -> bool:
@@ -244,7 +244,7 @@ def test_redirects_keep_the_path_that_the_service_is_mounted_at(data_dir: Path, 
     assert service.client.get("/todo/").headers["Location"] == "/todo/docs"
 
 
-def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:
+def test_requests_succeed_during_a_reload(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2)
     before = {worker.pid for worker in workers(service)}
@@ -260,10 +260,10 @@ def test_a_reload_keeps_serving(data_dir: Path, start: Start) -> None:
     assert service.stop() == 0
 
 
-def test_ctrl_c_stops_everything_without_a_traceback(data_dir: Path, start: Start) -> None:
+def test_ctrl_c_stops_all_processes_without_a_traceback(data_dir: Path, start: Start) -> None:
     port = free_port()
-    by_hand = [*GUNICORN, "-b", f"127.0.0.1:{port}", "-w", "2", "wsgi:app"]
-    services = [start(DATA_DIR=data_dir, WEB_CONCURRENCY=2), start(DATA_DIR=data_dir, PORT=port, command=by_hand)]
+    gunicorn = [*GUNICORN, "-b", f"127.0.0.1:{port}", "-w", "2", "wsgi:app"]
+    services = [start(DATA_DIR=data_dir, WEB_CONCURRENCY=2), start(DATA_DIR=data_dir, PORT=port, command=gunicorn)]
     wait_until(lambda: [len(workers(service.wait())) for service in services] == [2, 2])
     for service in services:
         os.killpg(service.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
@@ -272,7 +272,7 @@ def test_ctrl_c_stops_everything_without_a_traceback(data_dir: Path, start: Star
     assert servers_in(data_dir) == []
 
 
-def test_a_worker_that_is_killed_is_replaced_and_leaves_the_server_alone(data_dir: Path, start: Start) -> None:
+def test_a_killed_worker_is_replaced_and_postgresql_keeps_running(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir).wait()
     server = postmaster_in(data_dir)
     [worker] = workers(service)
@@ -282,18 +282,20 @@ def test_a_worker_that_is_killed_is_replaced_and_leaves_the_server_alone(data_di
     assert server.is_running()
 
 
-def test_gunicorn_with_settings_of_ones_own_answers_with_problems_only(data_dir: Path, start: Start) -> None:
+def test_gunicorn_with_other_settings_responds_to_malformed_requests_with_problems(
+    data_dir: Path, start: Start
+) -> None:
     port = free_port()
     service = start(command=[*GUNICORN, "-b", f"127.0.0.1:{port}", "wsgi:app"], PORT=port, DATA_DIR=data_dir).wait()
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(b"GARBAGE\r\n\r\n")
-        answer = connection.recv(65_536)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert b"Content-Type: application/problem+json" in answer
+        response = connection.recv(65_536)
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert b"Content-Type: application/problem+json" in response
     assert service.stop() == 0
 
 
-def test_it_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
+def test_the_service_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
     path = tmp_path / "socket"
     service = start(command=[sys.executable, "wsgi.py", "--bind", f"unix:{path}"], DATA_DIR=data_dir)
     wait_until(path.exists)
@@ -302,7 +304,7 @@ def test_it_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Star
     assert service.stop() == 0
 
 
-def test_a_postgresql_that_is_killed_is_started_again_by_the_service(data_dir: Path, start: Start) -> None:
+def test_the_service_restarts_a_killed_postgresql(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     postmaster_in(data_dir).kill()

@@ -1,4 +1,4 @@
-"""A start without its database, with one that it can't use, beside other starts, and killed at any point."""
+"""A start with an unavailable or unsuitable database, concurrent starts, and killed starts."""
 
 import re
 import socket
@@ -29,77 +29,79 @@ APPLIED = sorted(path.stem for path in statements.MIGRATIONS.glob("[0-9]*[!k].sq
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """Run a PostgreSQL in which each test makes a database of its own; which it may stop."""
+    """Run a PostgreSQL in which each test creates its own database. A test may stop the server."""
     running = Postgres(tmp_path_factory.mktemp("server"))
     yield running
     running.stop()
 
 
 def query(conninfo: str, sql: str) -> list[str]:
-    """Run a statement of the test's own and give its rows' first values."""
+    """Run a statement and return the first value of each row."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         cursor = connection.execute(sql.encode())
         return [str(row[0]) for row in cursor] if cursor.description else []
 
 
 def new_database(postgres: Postgres, name: str) -> str:
-    """Make an empty database and give its connection string."""
+    """Create an empty database and return its connection string."""
     if not postgres.answers():
-        postgres.start()  # a test that failed has left it so
+        postgres.start()  # a failed test may have stopped it
     query(postgres.conninfo, f"CREATE DATABASE {name}")
     return make_conninfo(postgres.conninfo, dbname=name)
 
 
-def marks(conninfo: str) -> list[str]:
-    """Give the migrations that are marked as applied, each as often as yoyo's log has it."""
+def applied_migrations(conninfo: str) -> list[str]:
+    """Return the names of the applied migrations, each as often as it is in yoyo's log."""
     joined = "SELECT migration_id FROM _yoyo_migration JOIN _yoyo_log USING (migration_id) ORDER BY 1"
     return query(conninfo, joined)
 
 
-def said(service: Service, part: str) -> int:
-    """Count the lines of the log that hold something."""
+def lines_with(service: Service, part: str) -> int:
+    """Return the number of log lines that contain a text."""
     return sum(part in line for line in service.log().splitlines())
 
 
-def assert_away(service: Service, reason: str, processes: int = 2) -> None:
-    """Check that each call gets its 503 within a second, and that each process says why once, in one line, or never."""
+def assert_database_unavailable(service: Service, reason: str, processes: int = 2) -> None:
+    """Check that each call gets a 503 within a second, and that each process logs the reason in at most one line."""
     wait_until(lambda: service.answers("/healthz"))
     for _ in range(4):
         assert_problem(service.client.get("/readyz"), 503, "database_unavailable")
         assert_unavailable(create(service.client))
     assert service.answers("/healthz")
     assert max(map(float, re.findall(r" 503 ([\d.]+)ms ", service.log()))) < 1000
-    assert said(service, "cannot be reached yet: ") == 1  # by the master, before it has workers
-    assert 1 <= said(service, reason) <= processes, service.log()
+    assert lines_with(service, "cannot be reached yet: ") == 1  # by the master, before it starts workers
+    assert 1 <= lines_with(service, reason) <= processes, service.log()
     assert [line for line in service.log().splitlines() if not re.match(r"\d{4}-\d\d-\d\d ", line)] == []
     assert PASSWORD not in service.log()
 
 
-# ---- the database is away
+# ---- the database is unavailable
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_start_before_the_database_answers_503_and_then_works_without_a_restart(
+def test_a_service_that_starts_without_its_database_needs_no_restart(
     postgres: Postgres, start: Start, figure: Figure, workers: int
 ) -> None:
     database = new_database(postgres, f"away{workers}")
     postgres.stop()
     service = start(DATABASE_URL=as_url(database), WEB_CONCURRENCY=workers)
-    assert_away(service, "No such file or directory", 1 + workers)
+    assert_database_unavailable(service, "No such file or directory", 1 + workers)
 
     postgres.start()
     returned = time.monotonic()
     with httpx.Client(base_url=service.url) as client:
         wait_until(lambda: create(client).status == httpx.codes.CREATED)
-    healed = time.monotonic() - returned
-    figure(f"served again, after a start without the database, {workers} workers", f"{healed:.2f} s")
-    assert healed < 1
+    delay = time.monotonic() - returned
+    figure(f"first success after a start without the database, {workers} workers", f"{delay:.2f} s")
+    assert delay < 1
     wait_until(service.answers)
-    assert marks(database) == APPLIED
+    assert applied_migrations(database) == APPLIED
     assert service.process.poll() is None
 
 
-def test_a_wrong_password_is_said_without_it_and_heals_when_it_is_set_right(postgres: Postgres, start: Start) -> None:
+def test_a_wrong_password_is_logged_without_the_password_and_can_be_corrected_later(
+    postgres: Postgres, start: Start
+) -> None:
     database = new_database(postgres, "locked")
     query(database, "CREATE ROLE alice LOGIN PASSWORD 'another'")
     query(database, "ALTER DATABASE locked OWNER TO alice")
@@ -109,30 +111,30 @@ def test_a_wrong_password_is_said_without_it_and_heals_when_it_is_set_right(post
     postgres.start()
     with_password = as_url(make_conninfo(database, user="alice", password=PASSWORD))
     service = start(DATABASE_URL=with_password)
-    assert_away(service, 'password authentication failed for user "alice"')
+    assert_database_unavailable(service, 'password authentication failed for user "alice"')
     query(database, f"ALTER ROLE alice PASSWORD '{PASSWORD}'")
     wait_until(service.answers, timeout=3)
     assert PASSWORD not in service.log()
 
 
-NOWHERE = {"unknown host": ("nowhere.invalid", "failed to resolve host"), "closed port": ("", "Connection refused")}
+UNREACHABLE = {"unknown host": ("nowhere.invalid", "failed to resolve host"), "closed port": ("", "Connection refused")}
 
 
-@pytest.mark.parametrize("case", NOWHERE)
-def test_a_server_that_is_nowhere_gets_a_line_and_503s(case: str, start: Start) -> None:
-    host, reason = NOWHERE[case]
+@pytest.mark.parametrize("case", UNREACHABLE)
+def test_an_unreachable_server_is_logged_and_each_request_gets_a_503(case: str, start: Start) -> None:
+    host, reason = UNREACHABLE[case]
     service = start(DATABASE_URL=f"postgresql://todo:{PASSWORD}@{host or f'127.0.0.1:{free_port()}'}/todo")
-    assert_away(service, reason)
+    assert_database_unavailable(service, reason)
 
 
-@pytest.mark.parametrize("backlog", [0, 128], ids=["drops each connection", "takes connections and says nothing"])
-def test_a_server_that_never_answers_delays_the_start_by_seconds_only(
+@pytest.mark.parametrize("backlog", [0, 128], ids=["ignores connections", "accepts connections and sends nothing"])
+def test_an_unresponsive_server_delays_the_start_by_a_few_seconds_at_most(
     backlog: int, start: Start, figure: Figure
 ) -> None:
     with socket.socket() as listener, ExitStack() as opened:
         listener.bind(("127.0.0.1", 0))
         listener.listen(backlog)
-        for _ in range(3 if not backlog else 0):  # the kernel ignores whoever comes after these
+        for _ in range(3 if not backlog else 0):  # these fill the queue, so that the kernel ignores further connections
             stuck = opened.enter_context(closing(socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)))
             stuck.connect_ex(listener.getsockname())
         port = listener.getsockname()[1]
@@ -140,12 +142,12 @@ def test_a_server_that_never_answers_delays_the_start_by_seconds_only(
         service = start(DATABASE_URL=f"postgresql://todo:{PASSWORD}@127.0.0.1:{port}/todo", WEB_CONCURRENCY=2)
         wait_until(lambda: service.answers("/healthz"))
         delay = time.monotonic() - began
-        figure(f"/healthz answers, beside a server that does not, backlog {backlog}", f"{delay:.1f} s")
-        assert delay < 8  # libpq waits 2 s at least: once, not once for each process and each worker
-        assert_away(service, "connection timeout expired", 3)
+        figure(f"first response of /healthz with an unresponsive server, backlog {backlog}", f"{delay:.1f} s")
+        assert delay < 8  # libpq waits at least 2 s; the start waits for that once, and not in each process
+        assert_database_unavailable(service, "connection timeout expired", 3)
 
 
-def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: Path) -> None:
+def test_a_service_can_start_before_the_embedded_postgresql_of_another_service(tmp_path: Path) -> None:
     data_dir = tmp_path.resolve() / "data"
     url = f"postgresql://todo@/todo?port=5432&host={quote(str(data_dir / 'postgres'), safe='')}"
     early = Service(tmp_path / "early", DATABASE_URL=url)
@@ -157,11 +159,11 @@ def test_a_service_that_starts_before_its_database_goes_on_by_itself(tmp_path: P
     assert [early.stop(), owner.stop()] == [0, 0]
 
 
-# ---- the database is of another age
+# ---- the database is newer than the code
 
 
-def newer(postgres: Postgres, name: str, folder: Path) -> str:
-    """Make a database that has a migration which this code lacks."""
+def newer_database(postgres: Postgres, name: str, folder: Path) -> str:
+    """Create a database with a migration that this code does not have."""
     database = new_database(postgres, name)
     copytree(statements.MIGRATIONS, folder)
     (folder / "9999.later.sql").write_text("CREATE TABLE later ();", encoding="utf-8")
@@ -169,27 +171,27 @@ def newer(postgres: Postgres, name: str, folder: Path) -> str:
     return database
 
 
-def test_a_database_newer_than_the_code_ends_the_start_with_one_line(
+def test_a_database_newer_than_the_code_stops_the_start_with_one_line(
     postgres: Postgres, tmp_path: Path, start: Start
 ) -> None:
-    service = start(DATABASE_URL=as_url(newer(postgres, "newer", tmp_path / "newer")), WEB_CONCURRENCY=2)
+    service = start(DATABASE_URL=as_url(newer_database(postgres, "newer", tmp_path / "newer")), WEB_CONCURRENCY=2)
     assert service.process.wait(timeout=30) == 3
     assert re.fullmatch("todo_api: the database is ahead of this code: .* 9999.later, .*\n", service.log())
 
 
-def test_a_database_that_proves_newer_once_it_is_back_is_named_in_the_log(
+def test_a_database_that_is_newer_and_unavailable_at_the_start_is_logged_later(
     postgres: Postgres, tmp_path: Path, start: Start
 ) -> None:
-    database = newer(postgres, "newer_later", tmp_path / "newer")
+    database = newer_database(postgres, "newer_later", tmp_path / "newer")
     postgres.stop()
     service = start(DATABASE_URL=as_url(database))
-    assert_away(service, "No such file or directory")
+    assert_database_unavailable(service, "No such file or directory")
     postgres.start()
-    wait_until(lambda: not service.answers() and said(service, "ahead of this code") > 0, timeout=15)
-    assert_away(service, "ahead of this code", 1)
+    wait_until(lambda: not service.answers() and lines_with(service, "ahead of this code") > 0, timeout=15)
+    assert_database_unavailable(service, "ahead of this code", 1)
 
 
-# ---- several starts, and starts that are killed
+# ---- concurrent starts and killed starts
 
 POINTS = ["TABLE public._yoyo_migration", "DOMAIN public.new_task", "INDEX public.tasks_newest_first"]
 POINTS += ["TABLE public.idempotency_keys"]
@@ -199,26 +201,26 @@ POINTS += ["TABLE public.idempotency_keys"]
     ("point", "replicas"),
     [("TABLE public.tasks", 4), *(pytest.param(point, 2, marks=pytest.mark.long) for point in POINTS)],
 )
-def test_starts_at_once_get_ready_though_the_one_that_migrates_is_killed(
+def test_concurrent_starts_succeed_if_the_one_that_migrates_is_killed(
     postgres: Postgres, start: Start, point: str, replicas: int
 ) -> None:
     kind, name = point.split()
     database = new_database(postgres, "killed_" + name.removeprefix("public."))
-    stop_at(database, kind, name)
+    block_at(database, kind, name)
     with psycopg.connect(database) as blocker:
         blocker.execute("LOCK TABLE gate")
-        at_work = start(DATABASE_URL=as_url(database), WEB_CONCURRENCY=2)
-        wait_until(lambda: waiting(database) == 1)
+        migrating = start(DATABASE_URL=as_url(database), WEB_CONCURRENCY=2)
+        wait_until(lambda: waiting_locks(database) == 1)
         others = [start(DATABASE_URL=as_url(database)) for _ in range(replicas - 1)]
-        wait_until(lambda: waiting(database) == replicas)
-        at_work.kill()
+        wait_until(lambda: waiting_locks(database) == replicas)
+        migrating.kill()
     for service in [*others, start(DATABASE_URL=as_url(database), WEB_CONCURRENCY=2)]:
         assert create(service.wait().client).status == httpx.codes.CREATED
-    assert marks(database) == APPLIED
+    assert applied_migrations(database) == APPLIED
 
 
-def stop_at(database: str, kind: str, name: str) -> None:
-    """Have whoever creates something wait at the end of that until the table "gate" is free."""
+def block_at(database: str, kind: str, name: str) -> None:
+    """Make each session that creates this object wait, right after that, until the table "gate" is not locked."""
     query(database, "CREATE TABLE gate ()")
     query(
         database,
@@ -230,6 +232,6 @@ def stop_at(database: str, kind: str, name: str) -> None:
     )
 
 
-def waiting(database: str) -> int:
-    """Count the connections that wait for a lock."""
+def waiting_locks(database: str) -> int:
+    """Return the number of locks that connections wait for."""
     return len(query(database, "SELECT pid FROM pg_locks WHERE NOT granted"))

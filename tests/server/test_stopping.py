@@ -1,4 +1,4 @@
-"""The service stops, reloads and loses workers under load: what was accepted is answered, once, and nothing is lost."""
+"""Stops, reloads and killed workers under load: accepted requests are answered, and no acknowledged write is lost."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ HALF_A_BODY = TASKS + b'Content-Length: 21\r\n\r\n{"title"'
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """Run a PostgreSQL, which stays when a service stops."""
+    """Run a PostgreSQL that does not stop with a service."""
     running = Postgres(tmp_path_factory.mktemp("stopping") / "server")
     yield running
     running.stop()
@@ -34,7 +34,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 @pytest.fixture
 def begin(postgres: Postgres, start: Start) -> Callable[..., Service]:
-    """Give a function that starts a service of two workers on an empty database."""
+    """Return a function that starts a service, by default with two workers on a database without tasks."""
 
     def begin(**settings: object) -> Service:
         service = start(**{"DATABASE_URL": as_url(postgres.conninfo), "WEB_CONCURRENCY": 2, **settings}).wait()
@@ -47,48 +47,48 @@ def begin(postgres: Postgres, start: Start) -> Callable[..., Service]:
     return begin
 
 
-def embedded(data_dir: Path) -> str:
-    """Give the connection string of the database in a DATA_DIR."""
+def embedded_conninfo(data_dir: Path) -> str:
+    """Return the connection string of the database in a DATA_DIR."""
     return f"host={data_dir / 'postgres'} port=5432 user=todo dbname=todo"
 
 
 def connect(service: Service, data: bytes) -> socket.socket:
-    """Open a connection and send something."""
+    """Open a connection, send data and return the connection."""
     connection = socket.create_connection(("127.0.0.1", service.port), timeout=30)
     connection.sendall(data)
     return connection
 
 
 def pids(service: Service) -> set[int]:
-    """Give the ids of its workers."""
+    """Return the process ids of the workers."""
     return {worker.pid for worker in workers(service)}
 
 
-def all_gone(before: set[int], service: Service) -> bool:
-    """Say whether other workers have taken the place of some."""
+def all_replaced(before: set[int], service: Service) -> bool:
+    """Return whether two other workers have replaced these."""
     return not before & pids(service) and len(pids(service)) == 2
 
 
-# As docker stop has it, and as systemd has it: the master is told, or the workers are, too.
-@pytest.mark.parametrize("tell", [os.kill, os.killpg])
-def test_sigterm_answers_all_that_was_accepted_and_ends_with_0(
-    tell: Callable[[int, int], None], begin: Callable[..., Service], postgres: Postgres, figure: Figure
+# Docker sends the signal to the master alone, systemd to the workers, too.
+@pytest.mark.parametrize("send_signal", [os.kill, os.killpg])
+def test_sigterm_answers_all_accepted_requests_and_exits_with_0(
+    send_signal: Callable[[int, int], None], begin: Callable[..., Service], postgres: Postgres, figure: Figure
 ) -> None:
     service = begin()
     with Crowd(service, 24, KINDS) as crowd:
         wait_until(lambda: crowd.statuses()[201] > 300)
         moment = time.monotonic()
-        tell(service.process.pid, signal.SIGTERM)
+        send_signal(service.process.pid, signal.SIGTERM)
         assert service.process.wait(timeout=30) == 0
     outcomes = crowd.outcomes(moment)
-    figure(f"SIGTERM ({tell.__name__}): what clients saw from then on", str(dict(outcomes)))
+    figure(f"SIGTERM ({send_signal.__name__}): outcomes after the signal", str(dict(outcomes)))
     assert set(crowd.statuses()) == {200, 201}
     assert set(outcomes) == {"answered", "refused"}
     assert crowd.ended_idle["reset"] == 0
     crowd.assert_nothing_lost(postgres.conninfo)
 
 
-def test_while_it_stops_idle_clients_may_ask_once_more_and_new_ones_are_refused_at_once(
+def test_a_stopping_service_serves_open_connections_once_more_and_refuses_new_ones(
     begin: Callable[..., Service],
 ) -> None:
     service = begin(WEB_CONCURRENCY=1)
@@ -106,7 +106,7 @@ def test_while_it_stops_idle_clients_may_ask_once_more_and_new_ones_are_refused_
 
 
 def accepts(service: Service) -> bool:
-    """Say whether it takes a new connection."""
+    """Return whether the service accepts a new connection."""
     try:
         connect(service, b"").close()
     except ConnectionRefusedError:
@@ -116,18 +116,18 @@ def accepts(service: Service) -> bool:
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_requests_that_do_not_end_delay_a_stop_for_10_s_at_most(
+def test_unfinished_requests_delay_a_stop_by_10_s_at_most(
     number: signal.Signals, begin: Callable[..., Service], tmp_path: Path
 ) -> None:
     data_dir = tmp_path / "data"
     service = begin(DATABASE_URL="", DATA_DIR=data_dir)
     halves = [connect(service, part) for part in [HALF_A_BODY, TASKS, b"POST /api"] * 4]
-    db = psycopg.connect(embedded(data_dir))
+    db = psycopg.connect(embedded_conninfo(data_dir))
     db.execute("LOCK tasks")
     halves.append(connect(service, b"GET /api/tasks HTTP/1.1\r\nHost: todo\r\n\r\n"))
     moment = time.monotonic()
     assert service.stop(number) == 0
-    assert time.monotonic() - moment < 15  # PostgreSQL's stop is in it
+    assert time.monotonic() - moment < 15  # including the stop of PostgreSQL
     db.close()
     assert servers_in(data_dir) == []
     assert "Traceback" not in service.log()
@@ -135,7 +135,7 @@ def test_requests_that_do_not_end_delay_a_stop_for_10_s_at_most(
         connection.close()
 
 
-def test_ctrl_c_under_load_ends_with_0_and_loses_nothing_that_was_acknowledged(
+def test_ctrl_c_under_load_exits_with_0_and_loses_no_acknowledged_write(
     begin: Callable[..., Service], postgres: Postgres
 ) -> None:
     service = begin()
@@ -147,14 +147,14 @@ def test_ctrl_c_under_load_ends_with_0_and_loses_nothing_that_was_acknowledged(
 
 
 def reload(service: Service) -> None:
-    """Send SIGHUP and wait until all workers are others."""
+    """Send SIGHUP and wait until all workers are replaced."""
     before = pids(service)
     service.process.send_signal(signal.SIGHUP)
-    wait_until(partial(all_gone, before, service))
+    wait_until(partial(all_replaced, before, service))
 
 
 @pytest.mark.long
-def test_three_reloads_under_load_cost_no_request_though_clients_are_slow_to_close(
+def test_no_request_fails_during_three_reloads_with_clients_that_are_slow_to_close(
     begin: Callable[..., Service], tmp_path: Path
 ) -> None:
     data_dir = tmp_path / "data"
@@ -167,11 +167,11 @@ def test_three_reloads_under_load_cost_no_request_though_clients_are_slow_to_clo
     assert set(crowd.statuses()) == {200, 201}
     assert crowd.ended_idle["reset"] == 0
     assert server.is_running()
-    crowd.assert_nothing_lost(embedded(data_dir))
+    crowd.assert_nothing_lost(embedded_conninfo(data_dir))
     assert service.stop() == 0
 
 
-def test_a_reload_costs_no_request_though_it_takes_a_second_to_connect_to_the_database(
+def test_no_request_fails_during_a_reload_with_a_database_that_is_slow_to_connect(
     begin: Callable[..., Service], postgres: Postgres
 ) -> None:
     service = begin()
@@ -186,7 +186,7 @@ def test_a_reload_costs_no_request_though_it_takes_a_second_to_connect_to_the_da
     assert service.stop() == 0
 
 
-def test_workers_that_are_killed_cost_the_requests_at_work_in_them_and_no_other(
+def test_a_killed_worker_loses_only_its_requests_in_progress(
     begin: Callable[..., Service], tmp_path: Path, figure: Figure
 ) -> None:
     service = begin(DATABASE_URL="", DATA_DIR=tmp_path / "data")
@@ -196,17 +196,17 @@ def test_workers_that_are_killed_cost_the_requests_at_work_in_them_and_no_other(
             time.sleep(0.5)
             killed = workers(service)[0]
             killed.kill()
-            wait_until(partial(all_gone, {killed.pid}, service))
+            wait_until(partial(all_replaced, {killed.pid}, service))
     lost = crowd.outcomes()["unanswered"] + crowd.outcomes()["cut"]
-    figure(f"a worker SIGKILLed, {kills} times, {clients} clients: requests lost", lost)
+    figure(f"a worker killed, {kills} times, {clients} clients: lost requests", lost)
     assert lost <= kills * clients
     assert crowd.outcomes()["refused"] == 0
     assert set(crowd.statuses()) == {200, 201}
-    crowd.assert_nothing_lost(embedded(tmp_path / "data"))
+    crowd.assert_nothing_lost(embedded_conninfo(tmp_path / "data"))
     assert service.stop() == 0
 
 
-def test_signals_in_quick_succession_end_in_an_orderly_stop(begin: Callable[..., Service], postgres: Postgres) -> None:
+def test_signals_in_quick_succession_end_in_a_clean_stop(begin: Callable[..., Service], postgres: Postgres) -> None:
     service = begin()
     with Crowd(service, 8, KINDS) as crowd:
         wait_until(lambda: crowd.statuses()[201] > 50)

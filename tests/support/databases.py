@@ -1,4 +1,4 @@
-"""Connection strings, and databases of a test's own."""
+"""Connection strings, and databases for one test."""
 
 import os
 import uuid
@@ -15,7 +15,7 @@ from tests.support.environment import POOLER
 
 
 def as_url(conninfo: str) -> str:
-    """Write a connection string as a URL, the form that DATABASE_URL takes; where TEST_POOLER is set, by way of one."""
+    """Return a connection string as a URL for DATABASE_URL. If TEST_POOLER is set, the URL leads through PgBouncer."""
     if POOLER:
         conninfo = pgbouncer.shared(make_conninfo(conninfo, dbname=None)).in_front_of(conninfo)
     return f"postgresql://?{urlencode(conninfo_to_dict(conninfo))}"
@@ -23,7 +23,7 @@ def as_url(conninfo: str) -> str:
 
 @contextmanager
 def new_database(conninfo: str) -> Iterator[str]:
-    """Make an empty database beside the tests' one, owned by the same role, and drop it in the end."""
+    """Create an empty database on the same server, owned by the same role. Drop it at the end of the block."""
     name = f"todo_test_{uuid.uuid4().hex}"
     role = conninfo_to_dict(conninfo)["user"]
     # The embedded server's role may not create databases; the role of TEST_DATABASE_URL must.

@@ -1,4 +1,4 @@
-"""The types of what tests/conftest.py gives."""
+"""The types of the fixtures in tests/conftest.py that are functions."""
 
 from collections.abc import Callable
 from typing import Any

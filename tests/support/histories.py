@@ -1,7 +1,7 @@
-"""Histories: does some order of the calls on a task explain every answer that they got?
+"""A check of histories: does some order of the calls on a task explain every response?
 
-Such an order fits the clock (a call that ended before another began comes first), and each answer in it is what a
-service says that does one call at a time: linearisability, of each task by itself, searched for as Wing and Gong do.
+In such an order, a call that ended before another call began comes first, and each response is the one that a service
+without concurrency sends. This is linearizability of each task. The search for an order is that of Wing and Gong.
 """
 
 import enum
@@ -13,12 +13,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
-ENOUGH = 1_000_000  # steps of a search; a history that can be explained takes few more than it has calls
+MAX_STEPS = 1_000_000  # of a search; it takes few more steps than calls to explain a history
 Absent = enum.Enum("Absent", ["NOT_YET", "GONE"])
 
 
 class Task(NamedTuple):
-    """What calls change of a task."""
+    """The fields of a task that calls change."""
 
     title: str
     description: str | None
@@ -28,10 +28,11 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call on a task and what came of it, times in seconds; a list is a get of each task, those it lacks included.
+    """A call on a task and its result, with times in seconds.
 
-    ``condition`` is the version in If-Match, or in a get's If-None-Match; ``version`` is the one in ETag. A call
-    without an answer or with a 503 may have taken effect: until ``latest``, or never.
+    A list is recorded as a get of each task; a task that is not in the list is a 404. ``condition`` is the version in
+    If-Match, or in If-None-Match for a get. ``version`` is the one in ETag. ``status`` is 0 if there was no response. A
+    call without a response or with a 503 took effect before ``latest``, or it never takes effect.
     """
 
     verb: str
@@ -46,16 +47,16 @@ class Call:
 
     @property
     def answered(self) -> bool:
-        """Whether the answer says what the call did."""
+        """Whether the response tells what the call did."""
         return self.status not in (0, 503)
 
 
 class UnexplainedError(AssertionError):
-    """No order of the calls explains their answers."""
+    """No order of the calls explains their responses."""
 
 
 class _Node(NamedTuple):
-    """Where a search is: the calls that have a place, or get none any more, as bits; the state and the time there."""
+    """A node of the search: the calls that are placed or can no longer be placed, as bits; the state; the time."""
 
     placed: int
     state: Task | Absent
@@ -63,8 +64,8 @@ class _Node(NamedTuple):
 
 
 def expected(state: Task | Absent, call: Call) -> tuple[int, Task | None, Task | Absent]:
-    """Say what a call does where nothing else goes on: the status, the task that it shows and the state after it."""
-    if call.verb == "create":  # with a key that came before: the first answer, whatever became of the task
+    """Return what a call does without concurrent calls: the status, the task in the response, and the next state."""
+    if call.verb == "create":  # a repeated key repeats the first response, even if the task has changed since
         first = Task(**{"description": None, "completed": False, "version": 1, **call.sent})
         return 201, first, first if state is Absent.NOT_YET else state
     if isinstance(state, Absent):
@@ -81,17 +82,17 @@ def expected(state: Task | Absent, call: Call) -> tuple[int, Task | None, Task |
 
 
 def explain(history: Sequence[Call]) -> list[Call]:
-    """Give an order of a task's calls that explains them, without the unanswered ones that had no effect.
+    """Return an order of a task's calls that explains their responses, without the unanswered calls that had no effect.
 
     Raises:
-        UnexplainedError: there is none.
+        UnexplainedError: there is no such order.
 
     """
     seen = _versions([call.row for call in history if call.row])
     calls = sorted((call for call in history if call.answered or call.verb != "get"), key=lambda call: call.started)
     stack = [_Node(0, Absent.NOT_YET, -math.inf)]
-    steps: dict[_Node, tuple[_Node, Call] | None] = {stack[0]: None}  # each node is looked at once
-    while stack and len(steps) < ENOUGH:
+    steps: dict[_Node, tuple[_Node, Call] | None] = {stack[0]: None}  # each node is visited once
+    while stack and len(steps) < MAX_STEPS:
         node = stack.pop()
         window = _window(calls, node.placed)
         if not any(calls[index].answered for index in window):
@@ -108,15 +109,15 @@ def explain(history: Sequence[Call]) -> list[Call]:
 
 
 def _versions(rows: Sequence[Row]) -> dict[int, Task]:
-    """Give the task at each version that was seen; it is the same for all who saw it, and its time grows with it."""
+    """Return the task at each version in the rows. Check that a version has one content, and that times increase."""
     seen: dict[int, Row] = {}
     for row in rows:
         if seen.setdefault(row["version"], row) != row:
-            raise UnexplainedError(f"one version, two tasks: {row} and {seen[row['version']]}")
+            raise UnexplainedError(f"two tasks have the same version: {row} and {seen[row['version']]}")
     for earlier, later in pairwise(seen[version] for version in sorted(seen)):
         times = [datetime.fromisoformat(row["updated_at"]) for row in (earlier, later)]
         if times[0] >= times[1] or any(earlier[name] != later[name] for name in ("id", "user_id", "created_at")):
-            raise UnexplainedError(f"this is no later version of the same task: {earlier} and {later}")
+            raise UnexplainedError(f"the second is not a later version of the first: {earlier} and {later}")
     return {version: _task(row) for version, row in seen.items()}
 
 
@@ -125,7 +126,7 @@ def _task(row: Row) -> Task:
 
 
 def _window(calls: Sequence[Call], placed: int) -> list[int]:
-    """Find the calls that may be next: none with an answer ended before they began."""
+    """Return the indexes of the calls that may be next: no other unplaced response arrived before they started."""
     window, horizon = [], math.inf
     for index in range((~placed & (placed + 1)).bit_length() - 1, len(calls)):
         if calls[index].started > horizon:
@@ -138,7 +139,7 @@ def _window(calls: Sequence[Call], placed: int) -> list[int]:
 
 
 def _next(calls: Sequence[Call], window: Sequence[int], node: _Node) -> Iterator[tuple[int, _Node]]:
-    """Place one more call, in each way that may matter."""
+    """Yield the index of each call that can be next, and the node after it."""
     found = []
     for index in window:
         call = calls[index]
@@ -147,7 +148,7 @@ def _next(calls: Sequence[Call], window: Sequence[int], node: _Node) -> Iterator
             now = max(node.time, call.started)
             late = [other for other in window if not calls[other].answered and calls[other].latest < now]
             found.append((index, _Node(node.placed | sum(1 << one for one in {index, *late}), state, now)))
-            if state == node.state and not late:  # it changes nothing, so that it can't be wrong here
+            if state == node.state and not late:  # a call that changes nothing can always be placed now
                 found = found[-1:]
                 break
     yield from found

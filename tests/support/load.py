@@ -1,4 +1,4 @@
-"""Clients that write to a service and remember what it acknowledged."""
+"""Clients that write to a service and record its responses."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ from tests.support.service import Service
 
 @dataclass(frozen=True)
 class Call:
-    """A create that was sent, and what came of it: an answer or an error of the connection; times are monotonic."""
+    """A create that was sent, and its response or the error of its connection. Times are those of time.monotonic()."""
 
     title: str
     started: float
@@ -30,40 +30,40 @@ class Call:
 
     @property
     def status(self) -> int:
-        """The status of the answer, 0 where there was none."""
+        """The status of the response, or 0 if there was none."""
         return self.response.status_code if self.response else 0
 
 
 class Clients:
-    """Threads that go on until they are stopped, at the end of a block for instance."""
+    """Threads that run until they are stopped, for example at the end of a ``with`` block."""
 
     def __init__(self, run: Callable[[], None], threads: int) -> None:
-        """Start them."""
+        """Start the threads, which must end once ``stopping`` is set."""
         self.stopping = threading.Event()
         self.threads = [threading.Thread(target=run) for _ in range(threads)]
         for thread in self.threads:
             thread.start()
 
     def __enter__(self) -> Self:
-        """Give it; at the end of the block it stops."""
+        """Return the clients themselves."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop."""
+        """Stop the clients."""
         self.stop()
 
     def stop(self) -> None:
-        """Wait for the last answers."""
+        """Stop the clients, and wait for the last responses."""
         self.stopping.set()
         for thread in self.threads:
             thread.join()
 
 
 class Load(Clients):
-    """Clients that create tasks one after the other, each over a keep-alive connection of its own."""
+    """Clients that create tasks one after the other, each over its own keep-alive connection."""
 
     def __init__(self, service: Service, clients: int) -> None:
-        """Start them."""
+        """Start the clients."""
         self.service = service
         self.calls: list[Call] = []
         super().__init__(self._write, clients)
@@ -77,12 +77,12 @@ class Load(Clients):
                     time.sleep(0.05)
 
     def statuses(self) -> Counter[int]:
-        """Count the answers by their status."""
+        """Count the calls by status; 0 stands for those without a response."""
         return Counter(call.status for call in self.calls)
 
 
 def create(client: httpx.Client) -> Call:
-    """Create a task with a title that no other has."""
+    """Create a task with a unique title."""
     title = uuid.uuid4().hex
     started = time.monotonic()
     try:
@@ -93,7 +93,7 @@ def create(client: httpx.Client) -> Call:
 
 
 def assert_acknowledged_once(calls: Sequence["Call | Exchange"], conninfo: str) -> None:
-    """Check that each task that was acknowledged is in the database, and that nothing is there twice or unasked."""
+    """Check that the database has each acknowledged task, no task twice, and no task that was not sent."""
     with psycopg.connect(conninfo) as db:
         stored = Counter(title for (title,) in db.execute("SELECT title FROM tasks"))
     acknowledged = {call.title for call in calls if call.title and call.status == httpx.codes.CREATED}
@@ -104,7 +104,7 @@ def assert_acknowledged_once(calls: Sequence["Call | Exchange"], conninfo: str) 
 
 
 def assert_unavailable(call: Call) -> None:
-    """Check that a call was answered with the problem of a database that is away, and with when to try again."""
+    """Check that the response is the problem of an unavailable database, with a Retry-After header."""
     assert call.response is not None
     assert_problem(call.response, 503, "database_unavailable")
     assert int(call.response.headers["Retry-After"]) >= 1
@@ -112,25 +112,27 @@ def assert_unavailable(call: Call) -> None:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request of a raw client and what came of it; times are monotonic."""
+    """A request of a raw client and its outcome. Times are those of time.monotonic()."""
 
-    kind: str  # create, toggle, get, list; connect where there was no connection to send it on
-    title: str  # of a create
+    kind: str  # create, toggle, get, list; or connect, if the connection was refused
+    title: str  # of the created task, otherwise empty
     started: float
     ended: float
-    outcome: str  # answered; refused; unanswered: the connection ended; cut: within the answer; another's: not its own
-    first: bool = True  # on its connection
+    # answered; refused: no connection; unanswered: the connection ended before the response; cut: it ended within the
+    # response; another's: the response belongs to another request
+    outcome: str
+    first: bool = True  # whether it is the first request on its connection
     status: int = 0
-    closing: bool = False  # the answer announced that the connection closes
+    closing: bool = False  # whether the response has Connection: close
 
 
 class Crowd(Clients):
-    """Keep-alive clients in one thread, cheap enough for thousands, that see what becomes of their connections."""
+    """Keep-alive clients in one thread that record how their connections end. Thousands of them are cheap enough."""
 
     def __init__(self, service: Service, clients: int, kinds: Sequence[str] = ("create",), pause: float = 0) -> None:
-        """Start them; each sends one request of these kinds after the other, and is slow to close by a pause."""
+        """Start the clients. Each sends random ``kinds`` of requests, and waits ``pause`` seconds before it closes."""
         self.port, self.kinds, self.pause = service.port, kinds, pause
-        self.shared = create(service.client)  # the task that all toggle
+        self.shared = create(service.client)  # all clients toggle this task
         assert self.shared.response
         self.path = f"/api/tasks/{self.shared.response.json()['id']}"
         self.exchanges: list[Exchange] = []
@@ -138,11 +140,11 @@ class Crowd(Clients):
         super().__init__(lambda: asyncio.run(self._run(clients)), 1)
 
     def outcomes(self, since: float = 0) -> Counter[str]:
-        """Count what came of the requests that ended since a moment."""
+        """Count the requests that ended after a moment by outcome."""
         return Counter(exchange.outcome for exchange in self.exchanges if exchange.ended >= since)
 
     def statuses(self) -> Counter[int]:
-        """Count the answers by their status."""
+        """Count the responses by status."""
         return Counter(exchange.status for exchange in self.exchanges if exchange.outcome == "answered")
 
     async def _run(self, clients: int) -> None:
@@ -164,7 +166,7 @@ class Crowd(Clients):
     async def _use(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first = True
         while not self.stopping.is_set():
-            if reader.at_eof() or reader.exception():  # a client looks before it sends
+            if reader.at_eof() or reader.exception():  # as a client checks a connection before it reuses it
                 self.ended_idle["reset" if reader.exception() else "closed"] += 1
                 return
             exchange = await self._exchange(reader, writer, random.choice(self.kinds), first=first)
@@ -190,7 +192,7 @@ class Crowd(Clients):
             outcome = "cut" if head or getattr(error, "partial", b"") else "unanswered"
             return Exchange(kind, title, started, time.monotonic(), outcome, first)
         status = int(lines[0].split()[1])
-        # Where a request was answered twice, the next one finds the second answer.
+        # If a request gets two responses, the next request reads the second one.
         own = headers["x-request-id"] == name and (status != httpx.codes.CREATED or title.encode() in body)
         outcome = "answered" if own else "another's"
         closing = headers.get("connection") == "close"
@@ -208,7 +210,7 @@ class Crowd(Clients):
         return f"{line} HTTP/1.1\r\n{headers}\r\n\r\n{body}".encode()
 
     def assert_nothing_lost(self, conninfo: str) -> None:
-        """Check that each write that was acknowledged happened once, and nothing that was not sent."""
+        """Check that each acknowledged write took effect once, and that no other write took effect."""
         assert self.outcomes()["another's"] == 0
         assert_acknowledged_once([self.shared, *self.exchanges], conninfo)
         with psycopg.connect(conninfo) as db:
@@ -219,7 +221,7 @@ class Crowd(Clients):
 
 
 def at_once(service: Service, count: int, call: Callable[[httpx.Client, int], httpx.Response]) -> list[httpx.Response]:
-    """Make calls at the same time, each over a connection of its own."""
+    """Make concurrent calls, each over its own connection, and return the responses."""
 
     def one(number: int) -> httpx.Response:
         with httpx.Client(base_url=service.url, timeout=60, verify=False) as client:

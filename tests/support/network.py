@@ -1,6 +1,6 @@
-"""A network of a test's own, on which nothing but a service and its PostgreSQL talk, and which can be frozen.
+"""A network between a service and its PostgreSQL, which a test can freeze.
 
-It is a network namespace. Who is not root gets it within a user namespace, where the kernel lets everybody have one.
+It is a network namespace. Without root, it is created in a user namespace, if the kernel allows that.
 """
 
 import os
@@ -16,11 +16,11 @@ from tests.support.processes import free_port, wait_until
 from tests.support.service import Service
 
 _ROOT = os.geteuid() == 0
-# PostgreSQL refuses to run as root, even as one who is root in a user namespace only.
+# PostgreSQL refuses to run as root, even if it is root only in a user namespace.
 _NOT_AS_ROOT = [] if _ROOT else ["unshare", "--user", "--map-user=65534", "--map-group=65534"]
-# Nothing is refused and nothing is answered: packets are lost on arrival, and those who sent them are not told.
+# The rules drop packets on arrival. The sender gets neither a response nor an error.
 _FROZEN = "add table inet frozen; add chain inet frozen input { type filter hook input priority 0; %s }"
-# The service's clients are outside: it inherits a socket that listens there.
+# The service's clients are outside the network, so the service inherits a listening socket from there.
 _LISTEN = (
     "import os, socket, sys; listener = socket.create_server(('127.0.0.1', int(sys.argv[1])), backlog=100);"
     "listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1);"
@@ -32,12 +32,12 @@ class Network:
     """A network namespace with nothing but a loopback interface."""
 
     def __init__(self) -> None:
-        """Make it; it lasts as long as a process in it."""
+        """Create the network, which exists until ``end`` is called."""
         for name in ("ip", "nft", "nsenter", "unshare"):
             program(name)
         self.holder = subprocess.Popen(
             ["unshare", "--net", *([] if _ROOT else ["--map-root-user"]), "sh", "-c", "ip link set lo up && exec cat"],
-            stdin=subprocess.PIPE,  # cat ends with it, so with the tests, whatever becomes of them
+            stdin=subprocess.PIPE,  # cat ends when it is closed, even if the tests are killed
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
@@ -50,44 +50,44 @@ class Network:
         except BrokenPipeError:
             ready = b""
         if not ready:
-            missing(f"no network namespace can be had: {self.holder.communicate()[1].decode()}")
+            missing(f"cannot create a network namespace: {self.holder.communicate()[1].decode()}")
         users = [] if _ROOT else ["--user", "--preserve-credentials"]
         self._enter = ["nsenter", f"--target={self.holder.pid}", "--net", *users]
         self.inside = [*self._enter, *_NOT_AS_ROOT]
 
     def freeze(self) -> None:
-        """Lose every packet from now on."""
-        self._lose("policy drop;")
+        """Drop every packet from now on."""
+        self._drop("policy drop;")
 
     def forget(self, ports: Iterable[int]) -> None:
-        """Lose the packets of those who have one of these ports, as a firewall does that has forgotten a connection."""
+        """Drop the packets from and to these ports, as a firewall does after it has forgotten a connection."""
         named = ", ".join(map(str, ports))
-        self._lose(f"tcp sport {{ {named} }} drop; tcp dport {{ {named} }} drop;")
+        self._drop(f"tcp sport {{ {named} }} drop; tcp dport {{ {named} }} drop;")
 
-    def _lose(self, rules: str) -> None:
+    def _drop(self, rules: str) -> None:
         subprocess.run([*self._enter, "nft", _FROZEN % rules], check=True)
 
     def thaw(self) -> None:
-        """Lose no packets any more."""
+        """Stop dropping packets."""
         subprocess.run([*self._enter, "nft", "delete table inet frozen"], check=True)
 
     def end(self) -> None:
-        """Let go of it."""
+        """Remove the network."""
         self.holder.communicate()
 
 
 class NetworkPostgres(Postgres):
-    """A PostgreSQL in a network of a test's own; from outside it is reached through its socket, frozen or not."""
+    """A PostgreSQL in a network that can be frozen. Its Unix socket is always reachable from outside."""
 
     url = as_url("host=127.0.0.1 port=5432 user=postgres dbname=postgres")
 
     def __init__(self, folder: Path, network: Network) -> None:
-        """Make it and start it."""
+        """Create the cluster and start the server."""
         self.network = network
         super().__init__(folder)
 
     def start(self) -> None:
-        """Start it, once more than others, since how that is done is nobody else's business."""
+        """Start the server to learn its command, then restart it with that command inside the network."""
         super().start()
         command = self.process.args
         assert isinstance(command, list)
@@ -103,10 +103,10 @@ class NetworkPostgres(Postgres):
 
 
 class NetworkService(Service):
-    """A service in a network of a test's own, with its clients outside."""
+    """A service in a network that can be frozen. Its clients are outside."""
 
     def __init__(self, log: Path, postgres: NetworkPostgres) -> None:
-        """Start it, with one worker."""
+        """Start the service with one worker."""
         port = free_port()
         super().__init__(
             log,

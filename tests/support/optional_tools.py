@@ -1,4 +1,4 @@
-"""Programs that a developer's machine may lack: a test that needs one is skipped there, and fails where CI is set."""
+"""Programs that a machine may lack: without them, the tests that need them are skipped, or fail if CI is set."""
 
 import os
 import shutil
@@ -17,19 +17,19 @@ SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get(
 
 
 def program(name: str) -> str:
-    """Find a program, or skip the test that needs it."""
+    """Return the path of a program, or skip the test if the program is missing."""
     return shutil.which(name, path=SEARCH_PATH) or missing(f"{name} is not installed")
 
 
 def npm_program(name: str) -> str:
-    """Find a program of tests/npm's packages, or skip the test that needs it."""
+    """Return the path of a program of the packages in tests/npm, or skip the test if it is missing."""
     program("node")
     found = shutil.which(name, path=NPM / "node_modules" / ".bin")
     return found or missing("the npm packages are not installed: npm ci --prefix tests/npm")
 
 
 def missing(reason: str) -> NoReturn:
-    """Skip a test that this machine can't run, or fail it where CI is set."""
+    """Skip a test that this machine cannot run, or fail it if CI is set."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Lists of tasks, page by page."""
+"""Pages of a list of tasks, and a statement that stores many tasks."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ FROM generate_series(1, %(count)s) AS n,
 
 
 def link_of(response: httpx.Response) -> str | None:
-    """Give the target of an answer's link to the next page, which must be a relative reference to the list."""
+    """Return the target of a response's link to the next page, which must be a relative reference to the list."""
     if "Link" not in response.headers:
         return None
     match = re.fullmatch(r'<(/api/tasks\?[!-;=?-~]*)>; rel="next"', response.headers["Link"])
@@ -30,11 +30,11 @@ def link_of(response: httpx.Response) -> str | None:
 
 
 def pages(client: httpx.Client, **query: object) -> Iterator[list[Row]]:
-    """Give each page of a list, as its links lead from one to the next."""
+    """Yield each page of a list by following the links."""
     link: str | None = f"/api/tasks?{urlencode(query)}"
     followed: set[str] = set()
     while link:
-        assert link not in followed, "the links go round in a circle"
+        assert link not in followed, "a link leads back to an earlier page"
         followed.add(link)
         response = client.get(link)
         assert response.status_code == httpx.codes.OK, response.text

@@ -1,4 +1,4 @@
-"""A PgBouncer in transaction mode, which a test may harm."""
+"""A PgBouncer in transaction mode, which a test may stop or kill."""
 
 import os
 import shutil
@@ -18,7 +18,8 @@ from tests.support.processes import free_port
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
 _NOBODY = 65534
-# As cluster does for PostgreSQL: both refuse to be root, and the folders of root's tests are closed to others.
+# As todo_api.embedded.cluster does for PostgreSQL: both refuse to run as root, and other users cannot read root's
+# temporary folders.
 _UNPRIVILEGED = [
     *("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
@@ -26,11 +27,11 @@ _UNPRIVILEGED = [
 _SETTINGS = {
     "listen_addr": "127.0.0.1",
     "unix_socket_dir": "",
-    "auth_type": "any",  # who asks is no matter: the databases' line says who it is for the server
+    "auth_type": "any",  # the [databases] line has the user and the password for the server
     "pool_mode": "transaction",
     "admin_users": "postgres",
-    "default_pool_size": 4,  # few, so that the connections to the server really are shared
-    "server_login_retry": 1,  # seconds; by default PgBouncer leaves a server that is back alone for up to 15 s
+    "default_pool_size": 4,  # fewer than the clients have, so that they share them
+    "server_login_retry": 1,  # seconds; by default PgBouncer reconnects up to 15 s after the server is back
     "log_connections": 0,
     "log_disconnections": 0,
 }
@@ -40,7 +41,7 @@ class PgBouncer:
     """A PgBouncer on a port of this machine, in front of all databases of one server."""
 
     def __init__(self, folder: Path, conninfo: str, **settings: object) -> None:
-        """Start it; ``settings`` go before its usual ones here."""
+        """Start PgBouncer; ``settings`` override the default ones of this module."""
         self._folder = folder
         self._port = free_port()
         server = {name: conninfo_to_dict(conninfo).get(name) for name in ("host", "port", "user", "password")}
@@ -50,7 +51,7 @@ class PgBouncer:
         self.start()
 
     def start(self) -> None:
-        """Start it and wait until it takes connections."""
+        """Start PgBouncer and wait until it accepts connections."""
         assert PROGRAM, "pgbouncer is not installed"
         command = [*(_UNPRIVILEGED if os.geteuid() == 0 else []), PROGRAM, str(self._folder / "pgbouncer.ini")]
         with (self._folder / "log").open("ab") as log:
@@ -69,28 +70,28 @@ class PgBouncer:
         return True
 
     def console(self, command: str) -> list[TupleRow]:
-        """Run a command of its own."""
+        """Run a command on PgBouncer's admin console and return its rows."""
         with psycopg.connect(self.in_front_of("dbname=pgbouncer user=postgres"), autocommit=True) as db:
             cursor = db.execute(command.encode())
             return cursor.fetchall() if cursor.description else []
 
     def in_front_of(self, conninfo: str) -> str:
-        """Give the connection string that leads to a database through it."""
+        """Return the connection string that reaches a database through PgBouncer."""
         return make_conninfo(conninfo, host="127.0.0.1", port=self._port)
 
     def log(self) -> str:
-        """Read what it has logged so far."""
+        """Return the log so far."""
         return (self._folder / "log").read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL it."""
+        """Kill PgBouncer with SIGKILL."""
         self.process.kill()
         self.process.wait(timeout=60)
 
 
 @contextmanager
 def running(conninfo: str, **settings: object) -> Iterator[PgBouncer]:
-    """Run one in front of a server."""
+    """Run a PgBouncer in front of a server, and kill it at the end of the block."""
     with TemporaryDirectory() as folder:
         pgbouncer = PgBouncer(Path(folder), conninfo, **settings)
         try:
@@ -104,10 +105,10 @@ _shared = ExitStack()
 
 @cache
 def shared(server: str) -> PgBouncer:
-    """Give the one in front of a server that all tests of this process share."""
+    """Return the PgBouncer in front of a server that all tests of this process share."""
     return _shared.enter_context(running(server))
 
 
 def stop_shared() -> None:
-    """Stop those that are shared."""
+    """Stop the shared PgBouncers."""
     _shared.close()

@@ -1,4 +1,4 @@
-"""A PostgreSQL of a test's own, which it may harm."""
+"""A PostgreSQL for one test, which may stop or kill it."""
 
 import signal
 from pathlib import Path
@@ -8,8 +8,8 @@ import psycopg
 from tests.support.processes import wait_until
 from todo_api.embedded import cluster, socket_folder
 
-# Tests take away processes, and never the power. Where others keep the disk busy, a commit that waits for it can take a
-# second, and get a 503 that no test expects.
+# Tests kill processes, and never cut the power. On a busy disk, a commit that waits for fsync can take a second, and
+# get a 503 that no test expects.
 SETTINGS = "fsync = off\n"
 TERMINATE = """
     SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
@@ -18,10 +18,10 @@ TERMINATE = """
 
 
 class Postgres:
-    """A PostgreSQL of the embedded kind, on a socket in its folder."""
+    """An embedded PostgreSQL, with its Unix socket in its folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Make it and start it."""
+        """Create the cluster and start the server."""
         self.cluster = folder.resolve() / "postgres"
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("w") as lock:
@@ -32,12 +32,12 @@ class Postgres:
         self.start()
 
     def start(self) -> None:
-        """Start it and wait until it takes connections."""
+        """Start the server and wait until it accepts connections."""
         self.process = cluster.launch(self.cluster, self.cluster)
         wait_until(self.answers)
 
     def answers(self) -> bool:
-        """Say whether it takes connections."""
+        """Return whether the server accepts connections."""
         try:
             psycopg.connect(self.conninfo).close()
         except psycopg.OperationalError:
@@ -45,24 +45,24 @@ class Postgres:
         return True
 
     def kill(self) -> None:
-        """End it as a crash does: PostgreSQL's immediate shutdown."""
+        """End the server as a crash does, with PostgreSQL's immediate shutdown."""
         self.process.send_signal(signal.SIGQUIT)
         self.process.wait(timeout=60)
 
     def stop(self) -> None:
-        """End it in order."""
+        """Shut the server down."""
         cluster.stop(self.cluster)
 
 
 def connections(postgres: Postgres) -> int:
-    """Count the service's connections."""
+    """Return the number of the service's connections."""
     with psycopg.connect(postgres.conninfo) as db:
         rows = db.execute("SELECT 1 FROM pg_stat_activity WHERE application_name = 'todo_api'").fetchall()
     return len(rows)
 
 
 def terminate(postgres: Postgres) -> int:
-    """End the service's connections, as an administrator or a failover does, and say how many there were."""
+    """Terminate the service's connections, as an administrator or a failover does, and return their number."""
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
         row = db.execute(TERMINATE).fetchone()
     assert row

@@ -1,4 +1,4 @@
-"""The shape that every failure has."""
+"""The format of every failure."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import httpx
 
 
 def assert_problem(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
-    """Check that an answer is the problem that SPEC describes, and give its members."""
+    """Check that a response is a complete problem of this status and type, and return its members."""
     assert (response.status_code, response.headers["Content-Type"]) == (status, "application/problem+json")
     problem: dict[str, Any] = response.json()
     assert problem["type"] == kind

@@ -1,4 +1,4 @@
-"""Processes and ports, and how to wait for them."""
+"""Processes, free ports, and waiting for conditions."""
 
 import random
 import socket
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import psutil
 
-START_TIMEOUT = 60  # seconds; far more than a start takes, so that a busy machine fails no test
+START_TIMEOUT = 60  # seconds; far more than a start takes, even on a busy machine
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _BLOCK = 100  # ports
 _claims: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Find a port that nobody listens on, and that nobody gets before the caller has bound it."""
+    """Return a port that no other program uses, until the caller binds it."""
     return next(_ports)
 
 
 def _unclaimed_ports() -> Iterator[int]:
-    """Give ports, each once, which neither the kernel nor another process of the tests has for anybody.
+    """Yield ports, each once, that neither the kernel nor another process of the tests gives to anyone else.
 
-    The kernel takes one from its range for each connection that is made, of a crowd's clients for instance; these are
-    below that. A process claims them in blocks, by a name that goes with it, whatever becomes of it.
+    The kernel takes the client's port of each connection from its own range, so the ports are below that range. A
+    process claims ports in blocks. A claim is a socket with a name, which ends with the process even if it is killed.
     """
     firsts = range(10_000, int(_PORT_RANGE.read_text(encoding="ascii").split()[0]) - _BLOCK, _BLOCK)
     for first in random.sample(firsts, len(firsts)):
@@ -36,10 +36,10 @@ def _unclaimed_ports() -> Iterator[int]:
             continue
         _claims.append(claim)
         for port in range(first, first + _BLOCK):
-            with suppress(OSError):  # a stranger listens there
+            with suppress(OSError):  # another program listens there
                 socket.create_server(("127.0.0.1", port)).close()
                 yield port
-    while True:  # all are claimed, or this kernel's range leaves none
+    while True:  # all blocks are claimed, or the kernel's range leaves no ports below it
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         yield port
@@ -49,7 +49,7 @@ _ports = _unclaimed_ports()
 
 
 def wait_until(what: Callable[[], bool], *, timeout: float = START_TIMEOUT) -> None:
-    """Wait until something holds, and fail if it never does."""
+    """Wait until a condition is true, and fail after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not what():
         assert time.monotonic() < deadline, "timed out"
@@ -57,7 +57,7 @@ def wait_until(what: Callable[[], bool], *, timeout: float = START_TIMEOUT) -> N
 
 
 def children(pid: int, *, recursive: bool = False) -> dict[psutil.Process, str]:
-    """Find the children of a process that have not ended, and their names; any of them may end meanwhile."""
+    """Return the running children of a process and their names. Children that end meanwhile are left out."""
     found = {}
     with suppress(psutil.NoSuchProcess):  # the process itself
         for child in psutil.Process(pid).children(recursive=recursive):
@@ -69,9 +69,9 @@ def children(pid: int, *, recursive: bool = False) -> dict[psutil.Process, str]:
 
 
 def servers_in(folder: Path, *attributes: str) -> list[psutil.Process]:
-    """Find the PostgreSQL processes that run on a cluster in a folder, with what was seen of them as ``info``.
+    """Return the PostgreSQL processes of a cluster in a folder.
 
-    Only that is safe to look at: a server ends processes of its own.
+    Their attributes are in ``info``. To read them from the process is not safe, since the process may have ended.
     """
     return [
         process
@@ -81,13 +81,13 @@ def servers_in(folder: Path, *attributes: str) -> list[psutil.Process]:
 
 
 def postmasters_in(folder: Path) -> list[psutil.Process]:
-    """Find those PostgreSQL processes that are no other one's child; orphans of one that was killed, too."""
+    """Return the PostgreSQL processes without a parent among them: postmasters, and orphans of a killed one."""
     servers = servers_in(folder)
     return [server for server in servers if server.info["ppid"] not in {other.pid for other in servers}]
 
 
 def postmaster_in(folder: Path) -> psutil.Process:
-    """Find the PostgreSQL process that is the parent of the others, once there are no others beside its own."""
+    """Wait until a cluster has one postmaster and no orphans, and return the postmaster."""
     found: list[psutil.Process] = []
 
     def is_alone() -> bool:

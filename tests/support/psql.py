@@ -1,4 +1,4 @@
-"""The files of sql/ run with psql."""
+"""The files of sql/, run with psql."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ NULL = "(null)"
 def run_psql(
     conninfo: str, file: str, variables: Mapping[str, object], *, psql: str = PSQLS[0], arguments: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run a .sql file as the README says."""
+    """Run a .sql file as the README describes it."""
     assigned = [f"--set={name}={value}" for name, value in variables.items()]
     return subprocess.run(
         [psql, "-X", "-v", "ON_ERROR_STOP=1", *assigned, *arguments, "-f", file, conninfo],
@@ -31,7 +31,7 @@ def run_psql(
 
 
 def rows_of(conninfo: str, name: str, psql: str = PSQLS[0], **variables: object) -> list[dict[str, Any]]:
-    """Run a file of sql/tasks and give its rows as REST would show them."""
+    """Run a file of sql/tasks and return its rows as tasks of the API."""
     done = run_psql(
         conninfo, f"sql/tasks/{name}.sql", variables, psql=psql, arguments=("-q", "--csv", "-P", f"null={NULL}")
     )
@@ -40,7 +40,7 @@ def rows_of(conninfo: str, name: str, psql: str = PSQLS[0], **variables: object)
 
 
 def as_task(row: dict[str, str]) -> dict[str, Any]:
-    """Turn psql's texts into the values that REST gives, times aside: see ``comparable``."""
+    """Return psql's texts as the values that the API returns, except for the times: see ``comparable``."""
     return {
         **row,
         "id": int(row["id"]),
@@ -53,5 +53,5 @@ def as_task(row: dict[str, str]) -> dict[str, Any]:
 
 
 def comparable(task: dict[str, Any]) -> dict[str, Any]:
-    """Turn the times of REST's answer into what ``as_task`` gives; the order of the members stays."""
+    """Return a task of the API with the times that ``as_task`` returns, in the same order of members."""
     return {name: datetime.fromisoformat(value) if name.endswith("_at") else value for name, value in task.items()}

@@ -1,4 +1,4 @@
-"""Races: clients make calls on a few tasks at the same time, and record them."""
+"""Races: clients make concurrent calls on a few tasks, and record the calls."""
 
 import math
 import random
@@ -15,13 +15,13 @@ import httpx
 from tests.support.histories import Call, Row
 from tests.support.service import Service
 
-SILENCE = 0.6  # seconds; a statement that the service gives up after so long may still go on
+SILENCE = 0.6  # seconds; if the service waited longer, PostgreSQL may still run the statement
 PATHS = {"create": "POST ", "get": "GET /{}", "patch": "PATCH /{}", "toggle": "POST /{}/toggle", "delete": "DELETE /{}"}
 
 
 @dataclass
 class Target:
-    """A task that clients race for; the first word of its title, its marker, tells it in lists."""
+    """A task that clients race for. Its marker is the first word of its title, and identifies it in lists."""
 
     marker: str
     keyed: bool = False
@@ -31,19 +31,19 @@ class Target:
 
 
 class Race:
-    """Clients that make calls on a few tasks, each over connections of its own, and the record of their calls."""
+    """Clients that make calls on a few tasks, each over its own connections, and the record of their calls."""
 
     def __init__(self, service: Service, seed: str) -> None:
-        """Prepare it; the service has no tasks yet."""
+        """Prepare the race. The service must have no tasks."""
         self.service, self.seed = service, seed
         self.calls: list[tuple[str, Call]] = []
         self.lists: list[tuple[float, float, list[Row]]] = []
         self.targets = [Target("", gone=True) for _ in range(3)]
-        self.crashing = threading.Event()  # while set, a call may be refused before others see what it has done
+        self.crashing = threading.Event()  # while set, a call with a 503 may take effect later
         self.stopping = threading.Event()
 
     def run(self, clients: int, disturb: Callable[[], None]) -> dict[str, list[Call]]:
-        """Let clients race until ``disturb`` is done, read every task once more, and give each task's history."""
+        """Run the clients until ``disturb`` returns, read all tasks once more, and return the history of each."""
         with ThreadPoolExecutor(clients) as threads:
             runs = [threads.submit(Client(self, number).run) for number in range(clients)]
             try:
@@ -67,28 +67,29 @@ class Race:
             for row in rows:
                 histories[marker_of(row)].append(Call("get", started, ended, 200, row=row, version=row["version"]))
             for marker in set(spans) - set(map(marker_of, rows)):
-                if spans[marker][0] < ended and started < spans[marker][1]:  # elsewhere it says nothing new
+                # Before the create or after the delete, the list tells nothing new.
+                if spans[marker][0] < ended and started < spans[marker][1]:
                     histories[marker].append(Call("get", started, ended, 404))
         return histories
 
 
 def marker_of(row: Row) -> str:
-    """Tell which task a row is, whatever its id."""
+    """Return the marker of the task in a row."""
     return str(row["title"].split()[0])
 
 
 class Client:
-    """One of the clients; what it does depends on the seed and on the answers."""
+    """A client. Its calls depend on the seed and on the responses."""
 
     def __init__(self, race: Race, number: int) -> None:
-        """Prepare it."""
+        """Prepare the client."""
         self.race, self.number, self.random = race, number, random.Random(f"{race.seed} {number}")
         self.created = 0
 
     def run(self) -> None:
         """Make calls until the race stops, then read the list."""
         while not self.race.stopping.is_set():
-            with self._connect() as self.http:  # a new connection now and then may lead to another worker
+            with self._connect() as self.http:  # a new connection from time to time may lead to another worker
                 for _ in range(100):
                     if not self.race.stopping.is_set():
                         self._step()
@@ -106,7 +107,7 @@ class Client:
         if target.gone:
             self.created += 1
             target = Target(f"{self.number}.{self.created}", keyed=self.random.random() < 0.7)
-            if target.keyed:  # others may join in creating it, all with one key
+            if target.keyed:  # other clients may send the same create, with the same key
                 self.race.targets[place] = target
             self._call(target, "create")
             if target.task_id:
@@ -154,7 +155,7 @@ class Client:
         target.gone = target.gone or status == 404 or (verb == "delete" and status == 200)
 
     def _sent(self, target: Target, verb: str) -> Row:
-        if verb == "create":  # the same however often it is sent
+        if verb == "create":  # the same each time, since a key allows only one body
             return {"title": target.marker, "completed": len(target.marker) % 2 == 0}
         changes = {
             "title": f"{target.marker} {self.random.choice('abc')}",

@@ -1,4 +1,4 @@
-"""Two PostgreSQL servers of a test's own, one of which streams from the other; the test may harm both."""
+"""A PostgreSQL primary and its streaming standby for one test, which may stop or kill both."""
 
 import os
 import shutil
@@ -16,24 +16,24 @@ from tests.support.processes import free_port, postmaster_in, servers_in, wait_u
 from todo_api.embedded import cluster, socket_folder
 
 SETTINGS = """
-dynamic_shared_memory_type = mmap  # in the cluster's folder: a killed server's would stay in /dev/shm
-wal_retrieve_retry_interval = 100ms  # a standby that lost its primary sleeps so long, deaf to a promotion
-wal_sender_timeout = 0  # a standby that is stopped stays the one that commits wait for
+dynamic_shared_memory_type = mmap  # a killed server would leave other shared memory in /dev/shm
+wal_retrieve_retry_interval = 100ms  # a standby without a primary sleeps so long, and ignores a promotion meanwhile
+wal_sender_timeout = 0  # commits wait for a stopped standby, too
 """
 
 
 class Server(Postgres):
-    """One of the two, on a socket in its folder and on a port of 127.0.0.1."""
+    """One of the two servers, on a Unix socket in its folder and on a port of 127.0.0.1."""
 
     def __init__(self, folder: Path, command: list[str]) -> None:
-        """Name it; ``command`` runs PostgreSQL on the folder."""
+        """Store the folder of the cluster, and the command that runs PostgreSQL on it."""
         self.cluster = folder
         self.port = free_port()
         self.conninfo = f"host={folder} port={self.port} user=postgres dbname=postgres"
         self.command = [*command, "--listen-addresses=127.0.0.1", f"--port={self.port}"]
 
     def start(self) -> None:
-        """Start it and wait until it takes connections."""
+        """Start the server and wait until it accepts connections."""
         with cluster.log_of(self.cluster).open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -41,7 +41,7 @@ class Server(Postgres):
         wait_until(self.answers)
 
     def copy(self, primary: "Server") -> None:
-        """Become the other's standby, from a copy made now."""
+        """Make a new copy of the primary, and start as its standby."""
         owner = primary.cluster.stat()
         shutil.rmtree(self.cluster, ignore_errors=True)
         cluster.run(
@@ -57,7 +57,7 @@ class Server(Postgres):
         self.follow(primary)
 
     def follow(self, primary: "Server") -> None:
-        """Start as the other's standby, and have commits there wait for it."""
+        """Start as the standby of the primary, and make the primary's commits wait for this standby."""
         (self.cluster / "standby.signal").touch()
         with (self.cluster / "postgresql.auto.conf").open("a", encoding="utf-8") as settings:
             settings.write(f"primary_conninfo = '{primary.conninfo}'\nsynchronous_standby_names = ''\n")
@@ -67,24 +67,24 @@ class Server(Postgres):
         wait_until(lambda: primary.execute("SELECT sync_state FROM pg_stat_replication") == "sync")
 
     def promote(self) -> None:
-        """Ask it to become a primary, which waits for no standby."""
+        """Promote the server to a primary that waits for no standby, and return at once."""
         self.execute("SELECT pg_promote(wait => false)")
 
     def execute(self, statement: LiteralString) -> object:
-        """Run a statement and give the first value of its first row, if it has any."""
+        """Run a statement and return the first value of its first row, or None without rows."""
         with psycopg.connect(self.conninfo, autocommit=True) as db:
             cursor = db.execute(statement)
             row = cursor.fetchone() if cursor.description else None
             return row[0] if row else None
 
     def send(self, signal_number: int) -> None:
-        """Send a signal to all its processes, to the postmaster first: it starts no others then."""
+        """Send a signal to all processes of the server, first to the postmaster so that it starts no others."""
         for process in [postmaster_in(self.cluster), *servers_in(self.cluster)]:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal_number)
 
     def crash(self) -> None:
-        """End it without a word to anybody."""
+        """Kill all processes of the server with SIGKILL."""
         self.send(signal.SIGKILL)
         self.process.wait(timeout=60)
 
@@ -93,27 +93,27 @@ class Pair:
     """A primary and its synchronous standby."""
 
     def __init__(self, folder: Path) -> None:
-        """Make and start both."""
-        alone = Postgres(folder / "one")  # made and started as the embedded one is; from here on, with a port
-        command = alone.process.args
+        """Create and start both servers."""
+        first = Postgres(folder / "one")  # it creates the cluster and has the command, to which Server adds a port
+        command = first.process.args
         assert isinstance(command, list)
-        alone.stop()
-        with (alone.cluster / "postgresql.conf").open("a", encoding="utf-8") as settings:
+        first.stop()
+        with (first.cluster / "postgresql.conf").open("a", encoding="utf-8") as settings:
             settings.write(SETTINGS)
-        self.primary = Server(alone.cluster, command)
+        self.primary = Server(first.cluster, command)
         self.primary.start()
-        other = folder.resolve() / "two" / "postgres"
-        other.parent.mkdir()
-        self.standby = Server(other, [part.replace(str(alone.cluster), str(other)) for part in command])
+        second = folder.resolve() / "two" / "postgres"
+        second.parent.mkdir()
+        self.standby = Server(second, [part.replace(str(first.cluster), str(second)) for part in command])
         self.standby.copy(self.primary)
         self.servers = (self.primary, self.standby)
 
     def swap(self) -> None:
-        """Call the primary the standby, and the other way round."""
+        """Exchange the names of the primary and the standby."""
         self.primary, self.standby = self.standby, self.primary
 
     def url(self, *, network: bool) -> str:
-        """Give the URL that leads to whichever of the two takes writes."""
+        """Return the URL that leads to the server that accepts writes."""
         one, two = self.servers
         if network:
             hosts = f"postgres@127.0.0.1:{one.port},127.0.0.1:{two.port}/postgres?"

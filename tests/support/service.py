@@ -1,4 +1,4 @@
-"""A service that runs."""
+"""A running service."""
 
 import os
 import re
@@ -20,7 +20,7 @@ class Service:
     """A running ``python wsgi.py``, or another command that serves the application on PORT."""
 
     def __init__(self, log: Path, command: list[str] | None = None, **options: Any) -> None:
-        """Start it; ``options`` are settings, and ``cwd`` and ``prefix`` for the process."""
+        """Start the service; ``options`` are its settings, and ``cwd`` and ``prefix`` of the process."""
         self.log_file = log
         cwd = options.pop("cwd", ROOT)
         prefix = options.pop("prefix", [])
@@ -39,26 +39,26 @@ class Service:
         self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
 
     def log(self) -> str:
-        """Read what it has logged so far."""
+        """Return the log so far."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def took(self, status: int) -> list[float]:
-        """Give the seconds that each answer of a status took, as it has logged them."""
+        """Return the seconds that each response of a status took, as the service logged them."""
         return [float(found) / 1000 for found in re.findall(rf" {status} ([\d.]+)ms ", self.log())]
 
     def answers(self, path: str = "/readyz") -> bool:
-        """Say whether it answers a GET with 200."""
+        """Return whether the service responds to a GET with 200."""
         try:
             return self.client.get(path).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     def serves(self) -> bool:
-        """Say whether its own workers answer; on the port of a master that was killed, that one's do for a second."""
+        """Return whether this service responds, and not the workers of a killed master that still have the port."""
         return "serving http" in self.log() and self.answers()
 
     def wait(self) -> "Service":
-        """Wait until it can reach its database."""
+        """Wait until the service can reach its database, and return the service."""
         deadline = time.monotonic() + START_TIMEOUT
         while not self.answers():
             assert self.process.poll() is None, f"the service ended:\n{self.log()}"
@@ -67,20 +67,20 @@ class Service:
         return self
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
-        """Send the master a signal, wait for its end and give its exit status."""
+        """Send a signal to the master, wait for its end and return its exit status."""
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
         return self.process.wait(timeout=60)
 
     def kill(self) -> None:
-        """SIGKILL the whole process group: the master and its workers."""
+        """Kill the process group with SIGKILL: the master and its workers."""
         self.client.close()
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=60)
 
 
 def workers(service: Service) -> list[psutil.Process]:
-    """Find the master's children that are of its kind; PostgreSQL, and what looks after that, are not."""
+    """Return the workers: the master's children with the name of the master. PostgreSQL has another name."""
     pid = service.process.pid
     return [child for child, name in children(pid).items() if name == psutil.Process(pid).name()]
