@@ -65,7 +65,7 @@ def on_starting(server: Any) -> None:
 
 def post_worker_init(_worker: Any) -> None:
     """Connect to the database before the first request: after a reload, requests arrive at once."""
-    database.connect_all()
+    database.fill_pools()
 
 
 def when_ready(server: Any) -> None:
