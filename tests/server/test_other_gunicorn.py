@@ -9,13 +9,17 @@ from gunicorn.http import wsgi
 from gunicorn.workers.gthread import ThreadWorker
 
 from tests.support.fixtures import Start
-from todo_api.server import tested
+from todo_api.server import gunicorn_check
 from todo_api.server.response import Response
 from todo_api.server.worker import Worker
 
 # Python imports this module at its start, if it finds it.
 ANOTHER_VERSION = "import gunicorn\ngunicorn.__version__ = '99.0'\n"
 WITHOUT_A_NAME = "from gunicorn.workers.gthread import ThreadWorker\ndel ThreadWorker._cap_keepalive\n"
+CHANGES = [
+    (ANOTHER_VERSION, "gunicorn is 99.0, but 27.0.1 was tested"),
+    (WITHOUT_A_NAME, "gunicorn has no _cap_keepalive in gunicorn.workers.gthread:ThreadWorker"),
+]
 
 
 def overridden(ours: type, theirs: type) -> set[str]:
@@ -24,21 +28,15 @@ def overridden(ours: type, theirs: type) -> set[str]:
 
 
 def test_each_overridden_name_is_checked() -> None:
-    assert overridden(Worker, ThreadWorker) <= tested.OVERRIDDEN["gunicorn.workers.gthread:ThreadWorker"]
-    assert overridden(Response, wsgi.Response) <= tested.OVERRIDDEN["gunicorn.http.wsgi:Response"]
+    assert overridden(Worker, ThreadWorker) <= gunicorn_check.OVERRIDDEN["gunicorn.workers.gthread:ThreadWorker"]
+    assert overridden(Response, wsgi.Response) <= gunicorn_check.OVERRIDDEN["gunicorn.http.wsgi:Response"]
 
 
 def test_the_installed_gunicorn_is_the_tested_one() -> None:
-    assert tested.difference() is None
+    assert gunicorn_check.difference() is None
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (ANOTHER_VERSION, "gunicorn is 99.0, and was tested as 27.0.1"),
-        (WITHOUT_A_NAME, "gunicorn has no _cap_keepalive in gunicorn.workers.gthread:ThreadWorker"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
 def test_another_gunicorn_gets_a_line_and_serves_with_its_own_worker(
     change: str, reason: str, tmp_path: Path, database_url: str, start: Start
 ) -> None:
