@@ -1,6 +1,7 @@
 """With another gunicorn than the tested one, the service says so and serves with gunicorn's own worker."""
 
 import re
+import sys
 from pathlib import Path
 
 import httpx
@@ -9,6 +10,7 @@ from gunicorn.http import wsgi
 from gunicorn.workers.gthread import ThreadWorker
 
 from tests.support.fixtures import Start
+from tests.support.processes import free_port
 from todo_api.server import gunicorn_check
 from todo_api.server.response import Response
 from todo_api.server.worker import Worker
@@ -45,3 +47,18 @@ def test_another_gunicorn_gets_a_line_and_serves_with_its_own_worker(
     assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
     assert len(re.findall(rf"{re.escape(reason)}: serving with gunicorn's own worker", service.log())) == 1
     service.stop()
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES)
+def test_our_worker_ends_the_start_with_one_line_if_other_settings_name_it(
+    change: str, reason: str, tmp_path: Path, database_url: str, start: Start
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(change)
+    port = free_port()
+    options = ["--bind", f"127.0.0.1:{port}", "--worker-class", "todo_api.server.worker.Worker"]
+    command = [sys.executable, "-m", "gunicorn", *options, "wsgi:app"]
+    service = start(command=command, PORT=port, DATABASE_URL=database_url, PYTHONPATH=tmp_path)
+    assert service.process.wait(timeout=30) == 3
+    lines = [line for line in service.log().splitlines() if line.startswith("todo_api: ")]
+    assert lines == [f"todo_api: {reason}: set worker_class to gthread"]
+    assert "Traceback" not in service.log()

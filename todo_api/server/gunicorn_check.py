@@ -15,7 +15,7 @@ _RESPONSE = "gunicorn.http.wsgi:Response"
 OVERRIDDEN = {
     _GTHREAD: {
         *("__init__", "init_process", "run", "accept", "enqueue_req", "handle", "finish_request", "murder_pending"),
-        "_cap_keepalive",
+        *("_cap_keepalive", "check_config"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
     "gunicorn.http.wsgi": {"Response"},

@@ -17,6 +17,8 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers.gthread import ThreadWorker
 
+from todo_api import startup
+from todo_api.server import gunicorn_check
 from todo_api.server.response import Response
 
 _ACCEPT_PAUSE = 0.00005  # seconds; long enough for another worker to wake up
@@ -49,6 +51,16 @@ class Worker(ThreadWorker):
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
         self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
         self.closing_connections: deque[Any] = deque()  # connections whose client has to close its side
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """End the process if gunicorn is not the tested one; gunicorn's master calls this before it starts workers.
+
+        Our settings use gunicorn's own worker then. Other settings may still name this worker.
+        """
+        if difference := gunicorn_check.difference():
+            startup.fail(f"{difference}: set worker_class to gthread")
+        super().check_config(cfg, log)
 
     def init_process(self) -> None:
         """Run the worker, and limit how long a client that stops within a request or a response occupies a thread."""
