@@ -1,4 +1,4 @@
-"""The WSGI application. Run as a program, it becomes gunicorn with the settings of todo_api/server/gunicorn_conf.py."""
+"""The WSGI application. As a program, this file becomes gunicorn with the settings of server/gunicorn_conf.py."""
 
 import click
 
@@ -6,13 +6,13 @@ from todo_api import create_app, logs, startup
 
 settings = startup.load_settings()
 
-from todo_api import server  # not before: gunicorn reads WEB_CONCURRENCY when it is imported
+from todo_api import server  # after the check: gunicorn reads WEB_CONCURRENCY at its import
 
 if __name__ == "__main__":
-    server.run()  # its workers import this file
+    server.run()  # does not return; gunicorn's workers import this file
 
 logs.configure()
 server.install_problems()
 app = create_app(settings)
-if not click.get_current_context(silent=True):  # each of flask's commands prepares what it needs itself
+if not click.get_current_context(silent=True):  # each flask command prepares what it needs
     startup.prepare_or_fail(settings)

@@ -9,10 +9,11 @@ from todo_api.database import Database
 
 
 def create_app(settings: config.Settings | None = None) -> Flask:
-    """Return the application. It connects to its database with the first request, or when a server fills its pool.
+    """Return the application. It connects to its database at the first request, or when a server fills its pool.
 
     Raises:
         StartError: no settings are given, and those in the environment are invalid.
+        StatementError: the files in sql/ are invalid.
 
     """
     settings = settings or config.load()

@@ -1,4 +1,4 @@
-"""The commands ``flask migrate`` and ``flask psql``. flask-smorest adds ``flask openapi``."""
+"""The commands ``flask migrate`` and ``flask psql``. flask-smorest adds the command ``flask openapi``."""
 
 import signal
 import subprocess
@@ -26,19 +26,19 @@ def init_app(app: Flask, settings: config.Settings) -> None:
     @app.cli.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def psql(arguments: tuple[str, ...]) -> None:
-        """Run psql on the service's database. All arguments go to psql."""
+        """Run psql on the service's database. All arguments are passed to psql."""
         _exit_on_signals()
         try:
-            variables, rest = database.libpq_variables(startup.find(settings))
+            variables, rest = database.libpq_variables(startup.ensure_server(settings))
             program = embedded.psql()
         except config.StartError as error:
             startup.fail(error)
         config.set_libpq_variables(variables)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for psql, which cancels a statement
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for psql, which cancels its statement
         raise SystemExit(subprocess.call([program, *(["-d", rest] if rest else []), *arguments]))
 
 
 def _exit_on_signals() -> None:
-    """Make SIGHUP and SIGTERM exit normally, so that an embedded server is stopped."""
+    """Exit normally on SIGHUP and SIGTERM, so that the exit stops the embedded server."""
     for number in (signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))  # the status that shells use
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))  # the exit status that shells use

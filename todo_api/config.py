@@ -1,4 +1,4 @@
-"""The settings, read from the environment and from .env, and checked once. No other module reads the environment."""
+"""Reads the settings from the environment and from .env, and checks them. No other module reads the environment."""
 
 import os
 import re
@@ -13,14 +13,18 @@ from environs.exceptions import EnvError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The times in the JSON that PostgreSQL writes are in the session's time zone. libpq sends PGTZ when it connects: that
-# needs no statement, and a pooler in transaction mode accepts it.
+# PostgreSQL writes the times in its JSON in the time zone of the session. libpq sends PGTZ when it connects. So no
+# statement is needed, and a pooler in transaction mode accepts it.
 os.environ["PGTZ"] = "UTC"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every setting with its default. .env.example describes each."""
+    """The settings, which .env.example describes.
+
+    The defaults are those of the environment, with one exception: without WEB_CONCURRENCY, ``load`` returns one worker
+    per core, at most 8.
+    """
 
     database_url: str = ""
     database_pooler: bool = False
@@ -36,11 +40,11 @@ class Settings:
 
 
 class StartError(Exception):
-    """The service cannot start; the message is one line for the person who starts it."""
+    """The service cannot start. The message is for the person who starts it, and may have several lines."""
 
 
 def load() -> Settings:
-    """Return the settings.
+    """Return the settings from the environment and .env.
 
     Raises:
         StartError: a setting is invalid, or .env cannot be read.
@@ -55,86 +59,86 @@ def load() -> Settings:
 
 
 def _read() -> Settings:
-    # load_dotenv puts the values into the environment, so that empty values are handled alike wherever they come from.
+    # load_dotenv puts the values of .env into the environment. So the loop below handles empty values from both.
     load_dotenv(ROOT / ".env")
     env = Env()
     for name in map(str.upper, Settings.__dataclass_fields__):
         if not os.environ.get(name, "unset").strip():
-            del os.environ[name]  # "PORT=" in .env means the default
+            del os.environ[name]  # an empty value, such as "PORT=", means the default
     return Settings(
-        database_url=env.str("DATABASE_URL", Settings.database_url, validate=_is_database_url),
+        database_url=env.str("DATABASE_URL", Settings.database_url, validate=_check_database_url),
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
-        migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_is_database_url),
-        # A relative path starts at the project, not at the current folder.
-        data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_has_home).expanduser(),
-        host=env.str("HOST", Settings.host, validate=_is_address),
+        migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_check_database_url),
+        # A relative path is relative to the project, not to the current folder.
+        data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_check_home).expanduser(),
+        host=env.str("HOST", Settings.host, validate=_check_address),
         port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=validate.Range(1, 256)),
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=validate.Range(1, 256)),
-        user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _is_text]),
+        user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _check_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
-        cors_origins=_origins(env.str("CORS_ORIGINS", "", validate=_are_origins)),
+        cors_origins=_origins(env.str("CORS_ORIGINS", "", validate=_check_origins)),
     )
 
 
-# The URLs that libpq accepts, except those for which its error message would show the password: with an unescaped @, /
-# or % in the password, or with brackets that hold no IPv6 address.
+# Matches the URLs that libpq accepts, except those for which libpq's error message would show the password: with an
+# unescaped @, / or % in the password, or with brackets that do not contain an IPv6 address.
 _CHARACTER = r"(?:[^][@/?%\s\ud800-\udfff]|%(?!00)[0-9A-Fa-f]{2})"
 _DATABASE_URL = re.compile(
     rf"postgres(ql)?://(({_CHARACTER}|[][?])*@)?(\[[0-9A-Fa-f:.]+\](?=[:,/?]|$)|{_CHARACTER})*([/?]({_CHARACTER}|[][/?])*)?"
 )
 
 
-def _is_database_url(url: str) -> None:
+def _check_database_url(url: str) -> None:
     if not _DATABASE_URL.fullmatch(url):
-        # The message does not show the value, which may hold a password.
-        raise ValidationError("It must be like postgresql://user:password@host/name, with %40 for @ in a password.")
+        # The message does not show the value, because it may contain a password.
+        raise ValidationError("It must be like postgresql://user:password@host/name, with %40 for @ in the password.")
 
 
-def _is_address(host: str) -> None:
+def _check_address(host: str) -> None:
     try:
         ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError as error:
-        raise ValidationError("It must be an IP address, such as 127.0.0.1, 0.0.0.0 or ::.") from error
+        raise ValidationError("It must be localhost or an IP address, such as 127.0.0.1, 0.0.0.0 or ::.") from error
 
 
-def _has_home(path: Path) -> None:
+def _check_home(path: Path) -> None:
     try:
         path.expanduser()
     except RuntimeError as error:  # "~name" for an unknown user
         raise ValidationError(f"{error}") from error
 
 
-_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: Flask-CORS would read a pattern
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: Flask-CORS would take them for a pattern
 
 
 def _origins(listed: str) -> tuple[str, ...]:
     return tuple(origin.strip(" ") for origin in listed.split(",")) if listed else ()
 
 
-def _are_origins(listed: str) -> None:
+def _check_origins(listed: str) -> None:
     for origin in _origins(listed):
         if not _ORIGIN.fullmatch(origin):
             raise ValidationError("Each must be an origin such as https://app.example.com, in lower case, or *.")
 
 
-def _is_text(text: str) -> None:
+def _check_text(text: str) -> None:
     if not text.isprintable():
         raise ValidationError("It must be printable text, in UTF-8.")
 
 
 def _default_concurrency() -> int:
-    # One worker per core, because threads share one interpreter lock. At most 8, because a small database has few
-    # connections.
+    # One worker per core, because the threads of a process share one interpreter lock. At most 8, because a small
+    # database accepts few connections.
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 def drop_libpq_variables() -> None:
-    """Remove PGHOST, PGPORT, PGOPTIONS and the like from the environment: they describe another server."""
+    """Remove PGHOST, PGPORT and the other libpq variables except PGTZ: they describe another server."""
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGTZ"]:
         del os.environ[name]
 
 
 def set_libpq_variables(variables: Mapping[str, str]) -> None:
-    """Set environment variables of libpq, which a child process such as psql inherits."""
+    """Set environment variables of libpq. A child process such as psql inherits them."""
     os.environ.update(variables)

@@ -1,4 +1,4 @@
-"""What has to be there before the first request: valid settings, and a PostgreSQL that runs and is migrated."""
+"""Prepares what the first request needs: valid settings, and a running PostgreSQL with its migrations applied."""
 
 import logging
 import sys
@@ -11,31 +11,31 @@ from todo_api.config import Settings, StartError
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
-# A process knows this of itself and of the process that it was forked from.
-_migrated: set[str] = set()  # connection strings
-_unreachable: set[Settings] = set()
+# A forked process inherits these sets. So gunicorn's workers know what the master has done.
+_migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
+_unreachable: set[Settings] = set()  # the settings whose database could not be reached at the start
 
 
 def fail(reason: object) -> NoReturn:
-    """End the process with one line on standard error."""
+    """End the process with one line on standard error; line breaks in the reason become spaces."""
     sys.stderr.write(f"todo_api: {' '.join(str(reason).split())}\n")
-    # With this status of a worker, gunicorn's master ends too, instead of starting workers for ever.
+    # If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
     raise SystemExit(3)
 
 
 def load_settings() -> Settings:
-    """Return the settings, or end the process if one of them is invalid."""
+    """Return the settings, or end the process if they cannot be read or one of them is invalid."""
     try:
         return config.load()
     except StartError as error:
         fail(error)
 
 
-def find(settings: Settings) -> str:
-    """Return the connection string of the service's database; start the embedded one if it does not run.
+def ensure_server(settings: Settings) -> str:
+    """Return the connection string of the service's database, and start the embedded server if it is not running.
 
     Raises:
-        StartError: there is no such database.
+        StartError: DATABASE_URL is invalid, or the embedded server cannot be started.
 
     """
     if not settings.database_url:
@@ -45,36 +45,43 @@ def find(settings: Settings) -> str:
 
 
 def prepare(settings: Settings) -> str:
-    """Make the database ready and return its connection string; a process and its forks apply migrations once.
+    """Start and migrate the database if necessary, and return its connection string.
 
-    The pool calls this for each connection, so that an embedded server that was killed is started again.
+    A process applies the migrations once, and processes that it forks later do not repeat them. The pool calls this
+    function for each new connection. So an embedded server that was killed is started again.
 
     Raises:
-        StartError: it cannot be made ready, and a person has to do something.
-        UnavailableError: it cannot be reached now.
+        StartError: the database cannot be prepared until a person changes something.
+        UnavailableError: the database cannot be reached now.
 
     """
     with _lock:
-        conninfo = find(settings)
+        conninfo = ensure_server(settings)
         if conninfo not in _migrated:
             if settings.migration_database_url:
                 database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
             if settings.database_url and not settings.database_pooler:
-                _check_session(conninfo)
+                _check_session_settings(conninfo)
             database.apply_migrations(settings.migration_database_url or conninfo)
             _migrated.add(conninfo)
         return conninfo
 
 
-def _check_session(conninfo: str) -> None:
+def _check_session_settings(conninfo: str) -> None:
     if not database.has_session_settings(conninfo):
-        raise StartError("DATABASE_URL leads to a pooler that accepts no session settings: set DATABASE_POOLER=true")
+        raise StartError(
+            "DATABASE_URL leads to a pooler that ignores or rejects session settings: set DATABASE_POOLER=true"
+        )
 
 
 def prepare_or_fail(settings: Settings) -> None:
-    """Make the database ready, or end the process; if it only cannot be reached, log that."""
+    """Prepare the database, or end the process if a person has to change something.
+
+    If the database cannot be reached now, log that and return: the pool prepares it later. Processes that are forked
+    after that return at once.
+    """
     if settings in _unreachable:
-        return  # gunicorn's master has tried and logged it; its workers do not wait for it again
+        return  # gunicorn's master has waited and has logged it; its workers need not wait again
     try:
         prepare(settings)
     except StartError as error:

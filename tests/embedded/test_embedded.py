@@ -19,6 +19,7 @@ from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.processes import postmaster_in, servers_in, wait_until
 from tests.support.service import Service
+from todo_api.config import StartError
 from todo_api.embedded import cluster
 
 SPECIAL_NAME = """it's "my" $(touch pwned); `x` é"""
@@ -446,3 +447,30 @@ def test_the_service_works_for_a_user_other_than_root(tmp_path: Path, start: Sta
     assert has_task(service, task_id)
     assert service.stop() == 0
     assert servers_in(tmp_path) == []
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["LOG: starting", "FATAL: first", "FATAL: second", "LOG: shut down"], "FATAL: second"),
+        (["LOG: starting", "postgres: unknown option"], "postgres: unknown option"),
+        ([], "it left no message"),
+    ],
+)
+def test_the_last_error_is_the_last_fatal_line_or_else_the_last_line(
+    lines: list[str], expected: str, tmp_path: Path
+) -> None:
+    log_file = cluster.log_of(tmp_path / "postgres")
+    log_file.write_text("\n".join(lines))
+    assert cluster.last_error(tmp_path / "postgres") == f"{expected} ({log_file})"
+
+
+def test_a_path_of_the_programs_with_special_characters_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "bin_folder", lambda: Path('/my "$HOME"/bin'))
+    with pytest.raises(StartError, match=re.escape(' to a shell, which does not take " $ literally; ')):
+        cluster.create(tmp_path / "postgres", lock=-1)

@@ -94,6 +94,6 @@ def test_an_outage_is_two_lines_in_the_log(postgres: Postgres, service: Service)
         wait_until(service.answers)
         [away, back] = lines()[2 * number :]
         assert away.startswith(
-            "todo_api.database.outage: requests get a 503 until the database can be reached: connection "
+            "todo_api.database.outage: the database cannot be reached; statements fail until it can: connection "
         )
         assert back == "todo_api.database.outage: the database can be reached again"

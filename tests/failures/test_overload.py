@@ -221,5 +221,5 @@ def test_fewer_connections_than_threads_are_enough(url: str, postgres: Postgres,
     with Load(service, 16) as load:
         time.sleep(3)
     assert set(load.statuses()) == {201}
-    assert "503 until" not in service.log()
+    assert "statements fail until" not in service.log()
     assert service.stop() == 0

@@ -1,6 +1,6 @@
-"""The statements of sql/, run by their names through a pool of connections to one PostgreSQL.
+"""Runs the statements of sql/ by their names, through a pool of connections to one PostgreSQL.
 
-This package knows no Flask, no gunicorn and no HTTP. The other packages use the names below, and nothing else of it.
+This package knows no Flask, no gunicorn and no HTTP. Other packages use only the names in ``__all__``.
 """
 
 import logging
@@ -12,7 +12,7 @@ import psycopg
 
 from todo_api.database import statements
 from todo_api.database.connection import has_session_settings
-from todo_api.database.errors import DatabaseError, InvalidValueError, UnavailableError, translated
+from todo_api.database.errors import InvalidValueError, UnavailableError, translated
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
 from todo_api.database.statements import SEPARATOR
@@ -21,12 +21,11 @@ from todo_api.database.url import check_url, libpq_variables
 __all__ = [
     "SEPARATOR",
     "Database",
-    "DatabaseError",
     "InvalidValueError",
     "UnavailableError",
     "apply_migrations",
     "check_url",
-    "connect_all",
+    "fill_pools",
     "has_session_settings",
     "libpq_variables",
 ]
@@ -37,16 +36,20 @@ _databases: "WeakSet[Database]" = WeakSet()
 
 
 class Database:
-    """One PostgreSQL, and the statements of sql/ that can be run on it."""
+    """A pool of connections to one PostgreSQL, and the statements of sql/ to run on it."""
 
-    def __init__(self, conninfo: Callable[[], str], *, connections: int, pooler: bool) -> None:
-        """Create it without connecting.
+    def __init__(self, get_conninfo: Callable[[], str], *, connections: int, pooler: bool) -> None:
+        """Load the statements, without connecting to the database.
 
-        ``conninfo`` is called for each new connection, in a thread of the pool. ``pooler`` tells that a pooler in
-        transaction mode, such as PgBouncer, is in between.
+        ``get_conninfo`` returns the connection string; it is called for each new connection, in a thread of the pool.
+        ``pooler`` is true if the connection string leads to a pooler in transaction mode, such as PgBouncer.
+
+        Raises:
+            StatementError: the files in sql/ are invalid.
+
         """
         self._statements = statements.load()
-        self.pool = Pool(conninfo, connections, pooler=pooler)
+        self.pool = Pool(get_conninfo, connections, pooler=pooler)
         _databases.add(self)
 
     def fetch_json(self, name: str, **parameters: Any) -> bytes | None:
@@ -64,7 +67,7 @@ class Database:
     def fetch_json_list(self, name: str, **parameters: Any) -> tuple[bytes, int]:
         """Run a statement and return its rows as a JSON array, and their number.
 
-        ``SEPARATOR`` stands between the elements of the array, and nowhere else in it.
+        ``SEPARATOR`` separates the elements of the array and occurs nowhere else in it.
 
         Raises:
             UnavailableError: the database cannot run the statement now.
@@ -81,12 +84,15 @@ class Database:
         except psycopg.Error as error:
             if (known := translated(error)) is error:
                 raise  # a bug
-            # The message is not logged: it may contain what a user has stored.
+            # The error message is not logged, because it may contain data of a user.
             log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
             raise known from error
 
 
-def connect_all() -> None:
-    """Fill the pool of every Database of this process, or return early if its server cannot be reached."""
+def fill_pools() -> None:
+    """Fill the pool of each Database in this process.
+
+    A pool returns early if its server cannot be reached. The other pools are still filled.
+    """
     for database in list(_databases):
         database.pool.fill()

@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL on which no request waits for long, whatever happens to the server or the network."""
+"""A connection to PostgreSQL on which no statement waits for long, whatever happens to the server or the network."""
 
 import os
 import random
@@ -23,19 +23,19 @@ OPTIONS = " ".join(
     f"-c {option}"
     for option in (
         "lock_timeout=500ms",
-        # For statements whose client has gone. It is longer, because it includes the sending of a large answer.
+        # Ends the statements of clients that have gone. It includes the time in which a large result is sent.
         f"statement_timeout={STATEMENT_TIMEOUT}",
-        # The plan that suits all parameters, from the first execution on. A custom plan is better for a few values,
-        # but with a million rows it sometimes sorts them all.
+        # Uses a plan that suits all parameters, from the first execution on. A custom plan is faster for a few values,
+        # but with a million rows it sometimes sorts all of them.
         "plan_cache_mode=force_generic_plan",
-        # The server notices a connection that the network has dropped; by default it keeps such a one for two hours.
+        # Let the server notice a dropped connection. By default it keeps a dropped connection for two hours.
         "tcp_keepalives_idle=5",
         "tcp_keepalives_interval=5",
         "tcp_keepalives_count=2",
-        "TimeZone=UTC",  # some proxies, such as Neon's, drop what libpq sends for PGTZ
+        "TimeZone=UTC",  # some proxies, such as Neon's, drop the value of PGTZ that libpq sends
     )
 )
-# With these, a dropped connection is noticed even if nobody waits for an answer on it.
+# Let the client notice a dropped connection, even if no statement waits on it.
 NETWORK: dict[str, Any] = {
     "connect_timeout": 2,  # seconds; libpq accepts no less
     "keepalives_idle": 1,
@@ -43,33 +43,35 @@ NETWORK: dict[str, Any] = {
     "keepalives_count": 1,
     "tcp_user_timeout": 2000,  # milliseconds
 }
-# An error must reach the client within a second.
+# A silent server makes a statement fail after 6 x 140 ms, plus up to 0.2 s for the request to cancel the statement. If
+# that request fails, the statement fails at once. Before all this, a statement waits up to 0.5 s for a connection from
+# the pool. Usually a connection is available, and an error reaches the client within a second.
 _INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_CANCEL = 4  # silent intervals after which the statement is cancelled
-_INTERVALS_TO_FAIL = 6  # silent intervals after which the connection is given up
+_INTERVALS_TO_FAIL = 6  # silent intervals after which the connection is abandoned
 _CANCEL_TIMEOUT = 0.2  # seconds
-_PAUSES = [0.001, 0.002, 0.004, 0.008, *[0.016] * 46]  # at most, in seconds, before a statement is tried again
+_PAUSES = [0.001, 0.002, 0.004, 0.008, *[0.016] * 46]  # seconds; the longest pause before each retry
 _SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: on, for 0 seconds
 
 
 class Silence(psycopg.OperationalError):
-    """Nothing arrives from the server: it is stopped, or the network drops all packets."""
+    """The server sends nothing: it is stopped, or the network drops all packets."""
 
 
 class Unreplicated(psycopg.OperationalError):
-    """The server stopped waiting for a synchronous standby: a failover would lose what it has committed."""
+    """The server stopped waiting for a synchronous standby. A failover could lose the committed transaction."""
 
 
 class Connection(psycopg.Connection[TupleRow]):
-    """A connection that cancels a silent statement, and gives up if the server stays silent.
+    """A connection that cancels its statement if the server is silent, and fails if the server stays silent.
 
-    psycopg makes and closes it. The statements go through psycopg.pq, its interface to libpq: they are few, their
-    parameters are texts, their results are passed on as bytes, and the wait for a result is ours.
+    psycopg opens and closes the connection. Statements go through psycopg.pq, its interface to libpq, for three
+    reasons: parameters are texts, results are passed on as bytes, and the wait for a result has limits of its own.
     """
 
     arguments: dict[str, Any] = {
-        "autocommit": True,  # each call is one statement, and its own transaction
+        "autocommit": True,  # each statement is a transaction of its own
         "application_name": "todo_api",
         "client_encoding": "UTF8",
         **NETWORK,
@@ -78,53 +80,54 @@ class Connection(psycopg.Connection[TupleRow]):
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
-        """Return a connection that is ready for use, and tell the outage if there is none.
+        """Return a connection that is ready for use.
 
-        Beside psycopg's arguments it accepts ``source``, a function that returns the connection string, and
-        ``outage``. So the outage learns of every reason: the pool would only log it.
+        Besides psycopg's arguments, this accepts ``get_conninfo``, a function that returns the connection string, and
+        ``outage``, which records why a connection failed. The pool does not pass that reason on.
         """
-        source: Callable[[], str] | None = kwargs.pop("source", None)
+        get_conninfo: Callable[[], str] | None = kwargs.pop("get_conninfo", None)
         outage: Outage | None = kwargs.pop("outage", None)
         try:
-            connection = super().connect(cls.complete(source() if source else conninfo), **kwargs)
+            conninfo = get_conninfo() if get_conninfo else conninfo
+            connection = super().connect(cls.with_session_settings(conninfo), **kwargs)
             connection.configure()
         except Exception as error:
             if outage:
-                outage.failed(error)
+                outage.record_failure(error)
             raise
         if outage:
             outage.end()
         return connection
 
     @classmethod
-    def complete(cls, conninfo: str) -> str:
-        """Return a connection string with the session's settings."""
+    def with_session_settings(cls, conninfo: str) -> str:
+        """Return a connection string with the settings of the session added."""
         return url.with_options(conninfo, OPTIONS)
 
     def configure(self) -> None:
-        """Prepare the connection for use, once."""
+        """Prepare a new connection for use."""
         self.add_notice_handler(self._handle_notice)
-        self._names: dict[bytes, bytes] = {}  # of the statements that are prepared
-        self._poll = select.poll()  # select.select accepts file descriptors up to 1023 only
+        self._names: dict[bytes, bytes] = {}  # from prepared statements to their names
+        self._poll = select.poll()  # select.select() accepts no file descriptor above 1023
         self._poll.register(self.fileno(), select.POLLIN)
 
     def has_ended(self) -> bool:
-        """Return whether the server has closed this idle connection: then there is something to read.
+        """Return whether this idle connection is closed. The socket is readable if the server has closed it.
 
-        The pool's own check asks the server, which costs a round trip for each request, and after a restart it waits
-        for seconds between one dead connection and the next.
+        psycopg's own check asks the server, which costs a round trip for each statement. After a restart of the server
+        it waits for seconds between two dead connections.
         """
         return self.closed or bool(self._poll.poll(0))
 
     def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
         """Run a statement and return its first row, or None if there is no row.
 
-        The statement is tried again if PostgreSQL rolled it back in favour of another one. That happens if the
-        database's default isolation level is stricter than READ COMMITTED, and to end a deadlock.
+        The statement is retried if PostgreSQL rolled it back in favour of another one. PostgreSQL does so to end a
+        deadlock, and if the database's default isolation level is stricter than READ COMMITTED.
 
         Raises:
-            Silence: nothing arrived for too long; the connection must be abandoned.
-            Unreplicated: the commit is not on the standby that it should be on.
+            Silence: the server was silent for too long; the connection must be abandoned.
+            Unreplicated: the synchronous standby may not have the commit.
             psycopg.Error: the statement failed.
 
         """
@@ -136,9 +139,9 @@ class Connection(psycopg.Connection[TupleRow]):
         return self._fetch(sql, values)
 
     def abandon(self) -> None:
-        """Close the connection, and discard what is still on its way to the server."""
-        # Otherwise the kernel goes on sending, and a statement that was answered with a 503 runs once the network is
-        # back.
+        """Close the connection and discard the data that was not sent yet."""
+        # Otherwise the kernel goes on sending that data, and a statement that has failed for its caller still runs when
+        # the network is back.
         with socket.socket(fileno=os.dup(self.fileno())) as duplicate:
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.close()
@@ -151,7 +154,7 @@ class Connection(psycopg.Connection[TupleRow]):
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
     def _send(self, sql: bytes, values: Sequence[bytes]) -> None:
-        """Send a prepared statement. There are few statements, so that each is prepared once per connection."""
+        """Send a statement, prepared. There are few statements, so each is prepared once and kept."""
         name = self._names.get(sql)
         if name is None:
             name = f"todo_api_{len(self._names)}".encode()
@@ -161,11 +164,11 @@ class Connection(psycopg.Connection[TupleRow]):
         self.pgconn.send_query_prepared(name, values)
 
     def _result(self) -> PGresult:
-        """Wait until a statement is done, and return its result."""
+        """Return the result of a statement after waiting for it."""
         results = []
         while result := self._next_result():
             results.append(result)
-        for result in results:  # an error can follow the rows, if the commit fails
+        for result in results:  # if the commit fails, an error follows the rows
             if result.status not in _SUCCESS:
                 raise _error(result)
         if self._unreplicated:
@@ -174,7 +177,7 @@ class Connection(psycopg.Connection[TupleRow]):
         return results[0]
 
     def _next_result(self) -> PGresult | None:
-        """Wait for the next result, or None after the last one, and notice if nothing arrives for too long."""
+        """Return the next result after waiting for it, or None after the last one."""
         pgconn = self.pgconn
         silent = 0  # intervals
         while (unsent := pgconn.flush()) or pgconn.is_busy():
@@ -189,34 +192,35 @@ class Connection(psycopg.Connection[TupleRow]):
 
     def _handle_silence(self, intervals: int) -> None:
         if intervals == _INTERVALS_TO_CANCEL:
-            # The answer to this tells what became of the statement.
+            # The statement then ends with a result or with the error that it was cancelled, so its outcome is known.
             try:
                 self.cancel_safe(timeout=_CANCEL_TIMEOUT)
             except psycopg.Error as error:
-                raise Silence("the server accepts no request to cancel") from error
+                raise Silence("the server does not accept the request to cancel the statement") from error
         if intervals == _INTERVALS_TO_FAIL:
-            raise Silence("no answer from the server")
+            raise Silence("the server does not respond")
 
     def _handle_notice(self, notice: psycopg.errors.Diagnostic) -> None:
-        # PostgreSQL reports this in a warning, whose text depends on its language.
+        # PostgreSQL reports this with a warning. The warning's text depends on the language, its source does not.
         self._unreplicated |= notice.source_function == "SyncRepWaitForLSN"
 
 
 class PoolerConnection(Connection):
-    """A connection to a pooler in transaction mode: it has no prepared statements and no session settings."""
+    """A connection to a pooler in transaction mode, without prepared statements and session settings."""
 
     @classmethod
-    def complete(cls, conninfo: str) -> str:
-        """Return a connection string unchanged: a pooler refuses session settings."""
+    def with_session_settings(cls, conninfo: str) -> str:
+        """Return a connection string unchanged, because a pooler may reject session settings."""
         return conninfo
 
     def configure(self) -> None:
-        """Prepare the connection, and ask PostgreSQL: a pooler accepts clients while its server is away."""
+        """Prepare a new connection for use, and check that PostgreSQL can be reached."""
         super().configure()
-        self.fetch(statements.load()["database/session"].rows, [])
+        # A pooler accepts clients even if its server cannot be reached. Any statement shows that.
+        self.fetch(statements.load()["database/statement_timeout"].rows, [])
 
     def _send(self, sql: bytes, values: Sequence[bytes]) -> None:
-        """Send a statement without a name."""
+        """Send a statement without preparing it."""
         self.pgconn.send_query_params(sql, values)
 
 
@@ -233,9 +237,10 @@ def _error(result: PGresult) -> psycopg.Error:
 
 
 def has_session_settings(conninfo: str) -> bool:
-    """Return whether a session has the settings that it asked for: behind a pooler in transaction mode it has not.
+    """Return whether a new session gets the settings that it asks for.
 
-    Such a pooler has no prepared statements either or, worse, another client's under the same name.
+    It does not if a pooler in transaction mode is in between. Such a pooler may not keep prepared statements either, or
+    may run the statement that another client prepared under the same name.
 
     Raises:
         UnavailableError: the database cannot be reached.
@@ -243,7 +248,7 @@ def has_session_settings(conninfo: str) -> bool:
     """
     try:
         with Connection.connect(conninfo, **Connection.arguments) as connection:
-            row = connection.fetch(statements.load()["database/session"].rows, [])
+            row = connection.fetch(statements.load()["database/statement_timeout"].rows, [])
     except psycopg.OperationalError as error:
         if "unsupported startup parameter" in str(error):
             return False

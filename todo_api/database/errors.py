@@ -1,22 +1,18 @@
-"""What can go wrong with a statement, as other packages see it."""
+"""The errors of a statement that other packages can handle."""
 
 import psycopg
 
 
-class DatabaseError(Exception):
-    """A statement could not be run."""
+class UnavailableError(Exception):
+    """The database cannot run the statement now. A retry may succeed later."""
 
 
-class UnavailableError(DatabaseError):
-    """The database cannot run the statement now. The same call may succeed later."""
-
-
-class InvalidValueError(DatabaseError):
+class InvalidValueError(Exception):
     """A parameter has a value that no column can hold."""
 
 
-# From psycopg's errors to the ones above; the first match counts. Any other error is a bug and stays as it is.
-_TRANSLATIONS: list[tuple[type[psycopg.Error], type[DatabaseError]]] = [
+# Maps psycopg's errors to the errors above. The first match counts. Any other error is a bug and is not translated.
+_TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidValueError]]] = [
     (psycopg.OperationalError, UnavailableError),  # down, restarting, out of connections, timed out, deadlocks
     (psycopg.errors.ReadOnlySqlTransaction, UnavailableError),  # 25006: a standby, during a failover
     (psycopg.DataError, InvalidValueError),  # class 22
@@ -24,7 +20,7 @@ _TRANSLATIONS: list[tuple[type[psycopg.Error], type[DatabaseError]]] = [
 
 
 def translated(error: psycopg.Error) -> Exception:
-    """Return the error that other packages see for an error of psycopg's."""
+    """Return the error that replaces an error of psycopg's for other packages, or the same error if none does."""
     for raised, translation in _TRANSLATIONS:
         if isinstance(error, raised):
             return translation(str(error))

@@ -1,9 +1,9 @@
-"""Applies sql/migrations with yoyo, safely from many processes at once.
+"""Applies sql/migrations with yoyo. Many processes can do so at once.
 
-yoyo's own lock is a row, which a killed process leaves behind. And yoyo applies a migration and marks it as applied in
-two transactions: a process that is killed in between leaves a database that no later start can migrate. Here one
-transaction does everything, including the marks. It begins by taking an advisory lock, which ends with it. It needs one
-connection only, which may come from a pooler in transaction mode.
+yoyo's own lock is a row, and a killed process leaves that row behind. Besides, yoyo applies a migration in one
+transaction and records it in another. A process that is killed in between leaves a database that no later start can
+migrate. Here one transaction applies and records all pending migrations. It begins with an advisory lock, which is
+released when the transaction ends. One connection is enough, and it may come from a pooler in transaction mode.
 """
 
 import glob
@@ -32,25 +32,25 @@ log = logging.getLogger(__name__)
 
 
 class _Backend(PostgresqlPsycopgBackend):
-    """yoyo's backend with psycopg's connection strings, and with one transaction for a migration and its mark."""
+    """yoyo's backend, changed to accept any connection string and to use the caller's transaction."""
 
     connection: psycopg.Connection[TupleRow]
 
     def __init__(self, conninfo: str) -> None:
-        # yoyo's URL parser rejects some of libpq's forms, such as several hosts: so the string is passed whole.
+        # yoyo's URL parser rejects some connection strings, such as those with several hosts. So it is not used.
         uri = DatabaseURI("postgresql+psycopg", None, None, None, None, None, {"conninfo": conninfo})
         super().__init__(uri, default_migration_table)
 
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
-        """Connect with the network settings of the pool's connections."""
+        """Return a connection with the network settings of the pool's connections."""
         # Nothing is prepared: a pooler in transaction mode may use another connection for the next statement.
         return psycopg.connect(dburi.args["conninfo"], autocommit=True, prepare_threshold=None, **NETWORK)
 
     def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
-        """Apply a migration, mark it and log it, in the current transaction."""
+        """Apply a migration and record it, in the current transaction."""
         log.info("applying migration %s", migration.id)
         try:
-            # yoyo prints the rows of a SELECT, but standard output belongs to the command that runs.
+            # yoyo prints the rows of a SELECT, but standard output is for the command that runs.
             with redirect_stdout(io.StringIO()):
                 migration.process_steps(self, "apply")
         except psycopg.OperationalError:
@@ -58,15 +58,16 @@ class _Backend(PostgresqlPsycopgBackend):
         except psycopg.Error as error:
             raise StartError(f"migration {migration.id} failed: {_first_line(error)}") from error
         self.mark_one(migration, log=False)
-        # yoyo's own log_migration needs a passwd entry and a name server.
+        # yoyo's own log_migration fails for a user without a passwd entry, and may wait for a name server.
         _run(self, "log_migration", migration_id=migration.id, checksum=_checksum(migration), hostname=gethostname())
 
 
 def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
-    """Apply the migrations that are not applied yet, and return their names.
+    """Apply the pending migrations and return their names.
 
     Raises:
-        StartError: the folder has no migrations, one is invalid or fails, or the database has other migrations.
+        StartError: the folder has no migrations; a migration is invalid, is not transactional, was edited after it was
+            applied, or fails; the database has a migration that the folder lacks, or its encoding is not UTF8.
         UnavailableError: the database cannot be reached.
 
     """
@@ -78,10 +79,10 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
             _run(backend, "migration_lock")
             internalmigrations.upgrade(backend)
             _check_applied(dict(_run(backend, "applied_migrations").fetchall()), migrations)
-            missing = backend.to_apply(migrations)
-            for migration in missing:
+            pending = backend.to_apply(migrations)
+            for migration in pending:
                 backend.apply_one(migration)
-            return [migration.id for migration in missing]
+            return [migration.id for migration in pending]
     except psycopg.OperationalError as error:
         raise UnavailableError(str(error)) from error
     except psycopg.Error as error:
@@ -95,7 +96,7 @@ def _first_line(error: psycopg.Error) -> str:
 def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
-        raise StartError(f"the database's encoding is {encoding}; it must be UTF8, so that it can hold any text")
+        raise StartError(f"the database's encoding is {encoding}; it must be UTF8, to store any text")
 
 
 def _read(folder: Path) -> MigrationList:
@@ -111,7 +112,7 @@ def _read(folder: Path) -> MigrationList:
     for migration in migrations:
         if not migration.use_transactions:
             raise StartError(
-                f"migration {migration.id} is not transactional: a start that is killed would leave half of it"
+                f"migration {migration.id} is not transactional: a start that is killed could apply half of it"
             )
     return migrations
 

@@ -1,27 +1,31 @@
-"""Whether the database can be reached, and a line in the log when that changes."""
+"""Keeps track of whether the database can be reached, and logs when that changes."""
 
 import logging
 import threading
 import time
 
-_QUIET = 5  # seconds between two lines about a new reason: some reasons contain a process id and are always new
-_UNKNOWN = "it does not answer"
+# Seconds between two log lines about a changed reason. Some reasons contain a process id, so they change each time.
+_QUIET = 5
+_UNKNOWN = "it does not respond"
 
 log = logging.getLogger(__name__)
 
 
 class Outage:
-    """The time in which a database cannot be reached. Requests are answered with a 503 meanwhile, at once."""
+    """An outage of the database. While it is ``active``, statements fail without waiting for a connection."""
 
     def __init__(self) -> None:
-        """Begin without an outage."""
+        """Create an inactive outage."""
         self.active = False
         self._reason = _UNKNOWN
         self._quiet_until = 0.0
         self._lock = threading.Lock()
 
-    def failed(self, error: Exception) -> None:
-        """Note why an attempt to connect failed, and log the reason if it has changed during an outage."""
+    def record_failure(self, error: Exception) -> None:
+        """Record why an attempt to connect failed. During an outage, log the reason if it has changed.
+
+        This does not change ``active``: other connections may still work.
+        """
         reason = str(error).partition("\n")[0]
         with self._lock:
             if self.active and (reason == self._reason or time.monotonic() < self._quiet_until):
@@ -32,16 +36,16 @@ class Outage:
                 log.warning("the database still cannot be reached: %s", reason)
 
     def begin(self) -> None:
-        """Log that the database cannot be reached, unless that is known."""
+        """Set ``active`` and log that the database cannot be reached, unless the outage is active already."""
         with self._lock:
             if not self.active:
-                log.warning("requests get a 503 until the database can be reached: %s", self._reason)
+                log.warning("the database cannot be reached; statements fail until it can: %s", self._reason)
                 self.active = True
                 self._quiet_until = time.monotonic() + _QUIET
 
     def end(self) -> None:
-        """Log that the database can be reached again, if it could not."""
-        if not self.active:  # the usual case, without the lock
+        """Clear ``active`` and log that the database can be reached again, if the outage is active."""
+        if not self.active:  # the usual case needs no lock
             return
         with self._lock:
             if self.active:

@@ -1,9 +1,9 @@
-"""The files in sql/, which psql runs unchanged, as statements with bound parameters.
+"""Loads the files in sql/, which psql runs unchanged, as statements with bound parameters.
 
-A file holds one statement. A parameter is written ``:'name'::type``, as a quoted variable of psql; the loader turns it
-into a bound parameter, never into text. Lines before the statement that start with a backslash give psql its defaults;
-the loader leaves them out. Anything else that psql would replace, or might read differently, is an error when the file
-is loaded.
+A file contains one statement. A parameter is written ``:'name'::type``, a quoted variable of psql with a cast. The
+loader turns it into a bound parameter, never into text. Lines that start with a backslash, before the statement, set
+psql's defaults; the loader leaves them out. The loader rejects a file in which psql would replace anything else, or
+which psql may read differently.
 """
 
 import functools
@@ -17,16 +17,16 @@ from todo_api.database.errors import InvalidValueError
 SQL = Path(__file__).resolve().parents[2] / "sql"
 MIGRATIONS = SQL / "migrations"
 
-# Stands between the elements of an array of rows. No string in JSON contains it, because a line break is escaped there.
+# Separates the elements of an array of rows. It occurs in no JSON string, because a line break is escaped there.
 SEPARATOR = b",\n"
 
-# The rules of psql's own lexer, src/fe_utils/psqlscan.l in PostgreSQL's sources. flex does not backtrack, and neither
-# does *+. What these lines do not cover (nested comments, a string without an end, ...) is an error.
+# These patterns follow psql's own lexer, src/fe_utils/psqlscan.l in PostgreSQL's sources. flex does not backtrack, and
+# neither does *+. Syntax that they do not cover (nested comments, strings without an end, ...) is rejected.
 _COMMENT = r"(?: --[^\n\r]* | /\*(?:(?!/\*).)*?\*/ )"
 _BLANK = rf"(?: \s | {_COMMENT} )"
 _NOT_IN_A_NAME = r"(?<![\w$\x80-\U0010ffff])"  # in type'…' and a$b$, the e and the $ are part of the name
 _FLAGS = re.VERBOSE | re.DOTALL | re.MULTILINE | re.ASCII
-# After \\ in a line, psql reads SQL again: such a line cannot be left out.
+# After \\ in a line, psql reads SQL again. So a line with \\ cannot be left out.
 _HEAD = re.compile(rf"(?: {_BLANK} | ^(?=\\)(?:(?!\\\\)[^\n])+$ )*+", _FLAGS)
 _TOKEN = re.compile(
     rf"""
@@ -45,7 +45,8 @@ _TOKEN = re.compile(
     _FLAGS,
 )
 _ERRORS = {
-    "variable": "a parameter is written :'name'::type, after white space or a bracket; a colon has no other use",
+    "variable": "a parameter is written :'name'::type, after white space, a comma or an opening bracket; outside of "
+    "quotes and comments, the only other use of a colon is a cast, ::",
     "more": "a file holds one statement",
     "unclear": "psql may read this differently: as a command, as a name with $, or as a string or comment that has no "
     "end, is nested or is continued",
@@ -53,15 +54,15 @@ _ERRORS = {
 
 
 class StatementError(Exception):
-    """psql and PostgreSQL would read a .sql file differently."""
+    """A .sql file is missing, has no statement or several, or may be read differently by psql and PostgreSQL."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One .sql file, with $1, $2 and so on for its parameters.
+    """The statement of a .sql file, with $1, $2 and so on in place of its parameters.
 
-    ``rows`` is the file's statement. ``row_json`` returns its only row as a JSON object (no row if there is none).
-    ``rows_json`` returns its rows as the text of one JSON array, in their order, and their number.
+    ``rows`` is the statement itself. ``row_json`` is a statement that returns each row as a JSON object. ``rows_json``
+    is a statement that returns one row: all rows as a JSON array, in their order, and their number.
     """
 
     parameters: tuple[str, ...]
@@ -70,26 +71,27 @@ class Statement:
     rows_json: bytes
 
     def values(self, given: Mapping[str, object]) -> list[bytes]:
-        """Return the values of the parameters in their order, as texts in UTF-8.
+        """Return the values of the parameters in their order, as UTF-8 text.
 
         Raises:
-            InvalidValueError: a text has a NUL or a lone surrogate, which PostgreSQL cannot hold.
+            InvalidValueError: a value contains a NUL or a lone surrogate, which PostgreSQL cannot store.
 
         """
         texts = [str(given[name]) for name in self.parameters]
         if "\0" in "".join(texts):  # libpq would cut the value there
-            raise InvalidValueError("a NUL")
+            raise InvalidValueError("a value contains a NUL")
         try:
             return [text.encode() for text in texts]
         except UnicodeEncodeError as error:
-            raise InvalidValueError("a lone surrogate") from error
+            raise InvalidValueError("a value contains a lone surrogate") from error
 
 
 def parse(name: str, text: str) -> Statement:
-    """Return the statement of a file's text.
+    """Return the statement of a file with this name and text.
 
     Raises:
-        StatementError: it has no statement or more than one, or psql and PostgreSQL would read it differently.
+        StatementError: the text has no statement or several, psql and PostgreSQL may read it differently, or its WITH
+            clause cannot be extended.
 
     """
     numbers: dict[str, int] = {}
@@ -100,7 +102,7 @@ def parse(name: str, text: str) -> Statement:
             case "parameter":
                 return f"${numbers.setdefault(token['parameter'], len(numbers) + 1)}"
             case "comment":
-                return " "  # as in PostgreSQL: a/**/b is two words
+                return " "  # as PostgreSQL does: a/**/b is two words
             case "end":
                 return ""
             case str(kind) if kind in _ERRORS:
@@ -123,23 +125,25 @@ def parse(name: str, text: str) -> Statement:
 
 
 def _as_row(name: str, rows: str) -> str:
-    """Return a WITH clause that has the statement as its last part, named "row".
+    """Return a WITH clause whose last part is the statement, named "row".
 
-    If the statement has a WITH clause of its own, that one is extended: PostgreSQL allows parts that write at the top
-    level only.
+    If the statement has a WITH clause, that clause is extended, because PostgreSQL allows parts that write only at the
+    top level.
     """
     if not rows.startswith("WITH"):
         return f"WITH row AS ({rows})"
-    # The parts are indented, as sqlfluff checks. The statement after them starts at the left edge.
+    # sqlfluff checks that the parts are indented. The statement after them starts at the beginning of a line.
     parts, *statement = re.split(r"(?m)^(?=(?:SELECT|INSERT|UPDATE|DELETE)\b)", rows)
     if len(statement) != 1:
-        raise StatementError(f"{name}.sql: after the WITH clause, one SELECT, INSERT, UPDATE or DELETE starts a line")
+        raise StatementError(
+            f"{name}.sql: after WITH, exactly one line must start with SELECT, INSERT, UPDATE or DELETE"
+        )
     return f"{parts.rstrip()}, row AS ({statement[0]})"
 
 
 @functools.cache
 def load(folder: Path = SQL) -> dict[str, Statement]:
-    """Return every statement below a folder by its name: ``tasks/list`` is ``tasks/list.sql``.
+    """Return the statements in a folder and its subfolders by name: ``tasks/list`` is ``tasks/list.sql``.
 
     Raises:
         StatementError: a file is invalid, or the folder has no statement.
@@ -147,7 +151,7 @@ def load(folder: Path = SQL) -> dict[str, Statement]:
     """
     files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.sql"))}
     found = {
-        # Read as psql reads it: without a byte order mark, and with the carriage returns in strings.
+        # As in psql, a byte order mark is ignored, and carriage returns in strings are kept.
         name: parse(name, path.read_bytes().decode("utf-8-sig"))
         for name, path in files.items()
         if not name.startswith("migrations/")  # yoyo reads these

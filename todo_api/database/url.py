@@ -1,4 +1,4 @@
-"""Connection strings, in every form that libpq accepts."""
+"""Checks and changes connection strings, in every form that libpq accepts."""
 
 from functools import cache
 
@@ -13,10 +13,10 @@ _NOWHERE = "/nowhere"  # a socket folder in which no server listens
 
 @cache
 def check_url(setting: str, url: str) -> None:
-    """Check that libpq understands a URL, without connecting to its server.
+    """Check that libpq accepts the URL of a setting, without connecting to its server.
 
     Raises:
-        StartError: it does not; the message names the setting and has libpq's reason.
+        StartError: the URL is invalid; the message has the name of the setting and the reason.
 
     """
     try:
@@ -25,7 +25,7 @@ def check_url(setting: str, url: str) -> None:
         hosts = str(given.get("host", "")).split(",")
         for host in hosts if "hostaddr" not in given else []:
             if not host.startswith("/"):
-                host.encode("idna")  # as Python does before it resolves the name
+                host.encode("idna")  # Python encodes a name in this way before it resolves it
         psycopg.connect(make_conninfo(url, host=",".join([_NOWHERE] * len(hosts)), hostaddr=""))
     except UnicodeError as error:
         raise StartError(f"{setting}: {host!r} is not a valid host name") from error
@@ -35,13 +35,13 @@ def check_url(setting: str, url: str) -> None:
 
 
 def with_options(conninfo: str, options: str) -> str:
-    """Return a connection string with more command-line options for the server than it has."""
+    """Return a connection string with command-line options for the server added to those that it has."""
     given = str(conninfo_to_dict(conninfo).get("options", ""))
     return make_conninfo(conninfo, options=f"{given} {options}".strip())
 
 
 def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
-    """Split a connection string into libpq's environment variables, and a string of what has no variable.
+    """Return libpq's environment variables for a connection string, and a connection string of all other parameters.
 
     Other users of the machine can read a command's arguments, but not its environment.
     """

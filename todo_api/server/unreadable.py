@@ -1,27 +1,27 @@
-"""The answers to requests that gunicorn cannot read, so that no application sees them."""
+"""The responses to requests that gunicorn cannot parse and so does not pass to the application."""
 
 import json
 import logging
+import os
 import socket
-import uuid
 from http import HTTPStatus
 
 import gunicorn.util
 
 from todo_api.api import problems
-from todo_api.server import tested
+from todo_api.server import gunicorn_check
 
 log = logging.getLogger(__name__)
 
 
-def install() -> None:
-    """Make gunicorn answer with problems instead of HTML, for which it has no hook."""
-    if not tested.difference():
+def install_problems() -> None:
+    """Make gunicorn respond to unreadable requests with problems instead of HTML. gunicorn has no hook for this."""
+    if not gunicorn_check.difference():
         gunicorn.util.write_error = _write_problem
 
 
 def _write_problem(connection: socket.socket, status: int, reason: str, message: str) -> None:
-    request_id = uuid.uuid4().hex
+    request_id = os.urandom(16).hex()
     log.warning("unreadable request: %d %s %r %s", status, reason, message, request_id)
     gunicorn.util.write_nonblock(connection, _response(status, request_id))
 

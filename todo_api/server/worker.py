@@ -1,4 +1,4 @@
-"""gunicorn's threaded worker, changed so that silent clients hold no thread, and no request is lost at a stop."""
+"""gunicorn's threaded worker, changed so that silent clients occupy no thread and a stop loses no request."""
 
 import logging
 import select
@@ -17,22 +17,24 @@ from typing import Any
 from gunicorn.http import wsgi
 from gunicorn.workers.gthread import ThreadWorker
 
+from todo_api import startup
+from todo_api.server import gunicorn_check
 from todo_api.server.response import Response
 
-_ACCEPT_PAUSE = 0.00005  # seconds, in which another worker wakes up
+_ACCEPT_PAUSE = 0.00005  # seconds; long enough for another worker to wake up
 _NEXT_REQUEST_WAIT = 1  # milliseconds
-_CLOSE_TIMEOUT = 2.0  # seconds for a client to close its side, as in gunicorn
+_CLOSE_TIMEOUT = 2.0  # seconds for a client to close its side; gunicorn's own value
 _READ_SIZE = 65_536  # bytes
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
 
 
-def _is_no_timeout(record: logging.LogRecord) -> bool:
-    """Return False for the traceback of a socket that timed out: the client stopped, which is no error of ours."""
+def _should_log(record: logging.LogRecord) -> bool:
+    """Return whether to log a record. The traceback of a socket that timed out is not logged: the client caused it."""
     return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError))
 
 
 def _has_next_request(conn: Any) -> bool:
-    """Return whether the client's next request is there, or arrives in a moment."""
+    """Return whether the client's next request has arrived, or arrives within a millisecond."""
     if conn.parser.unreader.buf.getvalue():
         return True
     readable = select.poll()
@@ -41,57 +43,67 @@ def _has_next_request(conn: Any) -> bool:
 
 
 class Worker(ThreadWorker):
-    """A worker that accepts its share of the clients, and whose threads take the next request themselves."""
+    """A worker that accepts its share of the connections. Its threads take requests without gunicorn's main loop."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Create it without connections."""
+        """Create a worker without connections."""
         super().__init__(*args, **kwargs)
-        self.ready: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
-        self.keeping = Lock()  # held while a connection is kept alive; none is after the worker began to stop
-        self.closing: deque[Any] = deque()  # connections that wait for their client to close its side
+        self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
+        self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
+        self.closing_connections: deque[Any] = deque()  # connections whose client has to close its side
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """End the process if gunicorn is not the tested one; gunicorn's master calls this before it starts workers.
+
+        Our settings use gunicorn's own worker then. Other settings may still name this worker.
+        """
+        if difference := gunicorn_check.difference():
+            startup.fail(f"{difference}: set worker_class to gthread")
+        super().check_config(cfg, log)
 
     def init_process(self) -> None:
-        """Run. A client that stops within a request or an answer holds its thread for a limited time."""
-        for listener in self.sockets:  # accepted connections inherit these
+        """Run the worker, and limit how long a client that stops within a request or a response occupies a thread."""
+        for listener in self.sockets:  # accepted connections inherit these options
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 listener.setsockopt(socket.SOL_SOCKET, option, _SOCKET_TIMEOUT)
-        self.log.error_log.addFilter(_is_no_timeout)
-        wsgi.Response = Response  # there is no setting for it
-        # A request reads some 20 settings, each in two calls. As attributes they take no time: 8 % more reads.
+        self.log.error_log.addFilter(_should_log)
+        wsgi.Response = Response  # gunicorn has no setting for this
+        # Each request looks up some 20 settings, with two calls each. Attributes need no calls: 8 % more reads.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         super().init_process()
 
     def run(self) -> None:
-        """Answer requests until the worker is stopped."""
+        """Handle requests until the worker stops."""
         for _ in range(self.cfg.threads):
             self.tpool.submit(self._work)
         try:
             super().run()
         finally:
             for _ in range(self.cfg.threads):
-                self.ready.put(None)
+                self.ready_connections.put(None)
 
     def _cap_keepalive(self, deadline: float) -> None:
-        """Begin to stop; gunicorn calls this at that moment. Idle connections are kept until the deadline.
+        """Close the listening sockets, and keep idle connections until the deadline; gunicorn calls this at a stop.
 
-        gunicorn would leave the listening sockets open until the last connection has closed, seconds later. A client
-        that connects meanwhile would send its request to nobody. So the sockets are closed now.
+        gunicorn would leave the listening sockets open until the last connection has closed, seconds later. No worker
+        would accept the connection of a client that connects in this time.
         """
-        self.alive = False  # it is still true if the worker stops because its master has gone
+        self.alive = False  # still true at this point if the worker stops because its master has ended
         while self.sockets:
             self._accept_all(listener := self.sockets.pop())
             listener.close()
-        with self.keeping:
+        with self.keepalive_lock:
             super()._cap_keepalive(deadline)
-        for conn in self.pending_conns:  # these have sent no request yet
+        for conn in self.pending_conns:  # these clients have sent nothing yet
             conn.timeout = min(conn.timeout, deadline)
 
     def accept(self, listener: Any) -> None:
-        """Accept a connection, and leave the next one to another worker, because a connection has many requests.
+        """Accept a connection, and pause to leave the next one to another worker: each connection has many requests.
 
-        Without the pause, one worker accepted all of 16 concurrent connections in 7 of 12 tries, and the service was
-        half as fast; with it, each accepts 6 to 10. SO_REUSEPORT would reset connections that a stopping worker has not
-        accepted.
+        Without the pause, one of two workers accepted all of 16 concurrent connections in 7 of 12 runs, and the service
+        was half as fast. With the pause, each worker accepts 6 to 10 of them. SO_REUSEPORT is no alternative: it resets
+        connections that a stopping worker has not accepted.
         """
         super().accept(listener)
         time.sleep(_ACCEPT_PAUSE)
@@ -100,43 +112,43 @@ class Worker(ThreadWorker):
         before = -1
         while before < self.nr_conns < self.worker_connections:
             before = self.nr_conns
-            super().accept(listener)  # without the pause, in which another client could connect
+            super().accept(listener)  # no pause, because another client could connect in it
 
     def enqueue_req(self, conn: Any) -> None:
-        """Hand a connection to a thread once it has sent something; in gunicorn a silent one holds a thread for 5 s."""
+        """Pass a connection to a thread once it has data. In gunicorn, a silent one occupies a thread for 5 s."""
         if conn.initialized or conn.data_ready:
-            self.ready.put(conn)
+            self.ready_connections.put(conn)
             return
         conn.set_timeout()
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def _work(self) -> None:
-        """Answer one request after another, each from the next connection that has one.
+        """Handle the requests of one ready connection after another.
 
-        gunicorn passes each connection through a Future and its main loop. With 128 clients that makes creates 13 %
+        gunicorn passes each connection through a Future and its main loop. With 128 clients, this makes creates 13 %
         slower, and their p99 40 % longer.
         """
-        while conn := self.ready.get():
+        while conn := self.ready_connections.get():
             try:
                 result = self.handle(conn)
                 if result is True and self._keep(conn):
                     continue
-            except BaseException:  # the thread must go on with other connections
+            except BaseException:  # the thread must continue with other connections
                 self.log.exception("Error handling request")
                 result = False
             self.method_queue.defer(self.finish_request, conn, result)
 
     def _keep(self, conn: Any) -> bool:
-        """Keep a connection alive for its next request, unless the worker stops.
+        """Keep a connection for its next request, and return True, or return False if the worker stops.
 
-        The poller accepts it even while the main loop waits in it. Only the main loop counts connections and removes
-        them from the poller.
+        A thread may register the connection with the poller while the main loop waits in the poller. Only the main loop
+        counts connections and removes them from the poller.
         """
-        if conn.parser.unreader.buf.getvalue():  # the next request has been read already: the poller cannot see it
-            self.ready.put(conn)
+        if conn.parser.unreader.buf.getvalue():  # the poller does not see a request that was read already
+            self.ready_connections.put(conn)
             return True
-        with self.keeping:
+        with self.keepalive_lock:
             if not self.alive:
                 return False
             conn.set_timeout()
@@ -145,18 +157,19 @@ class Worker(ThreadWorker):
             return True
 
     def handle(self, conn: Any) -> Any:
-        """Answer a request and those that follow it at once, as long as no other connection waits for a thread.
+        """Handle a request, and the requests that follow it immediately while no other connection waits for a thread.
 
-        With one client, the way through the main loop to another thread took a quarter of the time of a read.
+        With one client, passing the connection through the main loop took a quarter of the time of a read.
         """
-        while (keep := super().handle(conn)) is True and self.alive and self.ready.empty() and _has_next_request(conn):
-            pass
+        while (keep := super().handle(conn)) is True and self.alive:
+            if not self.ready_connections.empty() or not _has_next_request(conn):
+                break
         return keep
 
     def finish_request(self, conn: Any, result: Any) -> None:
-        """Keep a connection or close it. gunicorn would wait here until the client has closed its side too."""
+        """Keep or close a connection. gunicorn would block here until the client has closed its side too."""
         if result:
-            future: Future[Any] = Future()  # gunicorn expects the one of its thread pool
+            future: Future[Any] = Future()  # gunicorn expects a Future, which its thread pool would return
             future.set_result(result)
             super().finish_request(conn, future)
             return
@@ -165,16 +178,16 @@ class Worker(ThreadWorker):
             conn.sock.settimeout(0)
             conn.timeout = time.monotonic() + _CLOSE_TIMEOUT
             self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._discard, conn))
-            self.closing.append(conn)
+            self.closing_connections.append(conn)
             return
         self._forget(conn)
 
     def _discard(self, conn: Any, sock: socket.socket) -> None:
-        """Read what a client still sends. A close with unread data would reset the connection and lose the answer."""
+        """Discard data of the client. A close with unread data would reset the connection and lose the response."""
         with suppress(OSError):
             if sock.recv(_READ_SIZE):
                 return
-        self.closing.remove(conn)
+        self.closing_connections.remove(conn)
         self.poller.unregister(sock)
         self._forget(conn)
 
@@ -183,9 +196,9 @@ class Worker(ThreadWorker):
         conn.close()
 
     def murder_pending(self) -> None:
-        """Close the connections whose time is up."""
+        """Close the connections whose timeout has passed."""
         super().murder_pending()
-        while self.closing and self.closing[0].timeout < time.monotonic():
-            conn = self.closing.popleft()
+        while self.closing_connections and self.closing_connections[0].timeout < time.monotonic():
+            conn = self.closing_connections.popleft()
             self.poller.unregister(conn.sock)
             self._forget(conn)

@@ -1,7 +1,7 @@
-"""The parts of gunicorn that this package overrides without being invited to, and the check that they are the same.
+"""Checks that gunicorn is the tested version, and that it has the undocumented parts which this package overrides.
 
-gunicorn documents its settings and hooks, but not the insides of its worker. With another gunicorn than the tested one,
-the service uses gunicorn's own worker, which survives less but works.
+gunicorn documents its settings and hooks, but not the internals of its worker. If this check fails, our settings use
+gunicorn's own worker. It works, but it tolerates fewer faults.
 """
 
 import importlib
@@ -15,21 +15,21 @@ _RESPONSE = "gunicorn.http.wsgi:Response"
 OVERRIDDEN = {
     _GTHREAD: {
         *("__init__", "init_process", "run", "accept", "enqueue_req", "handle", "finish_request", "murder_pending"),
-        "_cap_keepalive",
+        *("_cap_keepalive", "check_config"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
     "gunicorn.http.wsgi": {"Response"},
     "gunicorn.http.body:Body": {"read"},
-    "gunicorn.config:Config": {"__getattr__"},  # it looks a setting up, if there is no such attribute
+    "gunicorn.config:Config": {"__getattr__"},  # it looks up a setting if there is no attribute of that name
     "gunicorn.util": {"write_error", "write_nonblock"},
 }
 
 
 @cache
 def difference() -> str | None:
-    """Return how the installed gunicorn differs from the tested one, or None if it does not."""
+    """Return how the installed gunicorn differs from the tested one, or None if it does not differ."""
     if gunicorn.__version__ != VERSION:
-        return f"gunicorn is {gunicorn.__version__}, and was tested as {VERSION}"
+        return f"gunicorn is {gunicorn.__version__}, but {VERSION} was tested"
     for place, names in OVERRIDDEN.items():
         module, _, attribute = place.partition(":")
         try:
