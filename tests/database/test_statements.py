@@ -305,3 +305,9 @@ def test_a_folder_without_sql_files_is_rejected(tmp_path: Path) -> None:
         statements.load(tmp_path)
     with pytest.raises(StatementError, match=r"has no \.sql file"):
         statements.load(tmp_path / "missing")
+
+
+def test_loading_stops_at_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "latin.sql").write_bytes(b"SELECT 'caf\xe9'")
+    with pytest.raises(StatementError, match=r"^latin\.sql is not UTF-8: "):
+        statements.load(tmp_path)

@@ -50,7 +50,10 @@ _INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_CANCEL = 4  # silent intervals after which the statement is cancelled
 _INTERVALS_TO_FAIL = 6  # silent intervals after which the connection is abandoned
 _CANCEL_TIMEOUT = 0.2  # seconds
-_PAUSES = [0.001, 0.002, 0.004, 0.008, *[0.016] * 46]  # seconds; the longest pause before each retry
+_PAUSES = [
+    *(0.001 * 2**n for n in range(7)),
+    *[0.1] * 10,
+]  # upper limits of the random pauses between retries, in seconds
 _SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: on, for 0 seconds
 

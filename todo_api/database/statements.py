@@ -141,6 +141,14 @@ def _as_row(name: str, rows: str) -> str:
     return f"{parts.rstrip()}, row AS ({statement[0]})"
 
 
+def _text_of(name: str, path: Path) -> str:
+    # As in psql, a byte order mark is ignored, and carriage returns in strings are kept.
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StatementError(f"{name}.sql is not UTF-8: {error}") from error
+
+
 @functools.cache
 def load(folder: Path = SQL) -> dict[str, Statement]:
     """Return the statements in a folder and its subfolders by name: ``tasks/list`` is ``tasks/list.sql``.
@@ -151,8 +159,7 @@ def load(folder: Path = SQL) -> dict[str, Statement]:
     """
     files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.sql"))}
     found = {
-        # As in psql, a byte order mark is ignored, and carriage returns in strings are kept.
-        name: parse(name, path.read_bytes().decode("utf-8-sig"))
+        name: parse(name, _text_of(name, path))
         for name, path in files.items()
         if not name.startswith("migrations/")  # yoyo reads these
     }
