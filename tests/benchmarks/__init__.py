@@ -1,1 +1,1 @@
-"""What the service costs beside what it could be: ``python -m tests.benchmarks``."""
+"""The benchmarks of the service and of alternatives: ``python -m tests.benchmarks``."""

@@ -1,7 +1,7 @@
-"""Runs the benchmarks and prints their figures as Markdown, ratios first: machines differ, and are noisy.
+"""Run the benchmarks and print the figures as Markdown.
 
-All candidates run on one PostgreSQL, side by side; rounds are interleaved (A B C A B C …), and medians are taken, of
-the ratios, too, of which each round has one.
+All candidates run at the same time on one PostgreSQL. The rounds are interleaved (A B C A B C …). Each figure is the
+median of the rounds. Each ratio is the median of the ratios of the rounds, since the speed of a machine varies.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from .loads import Load, Result, pgbench, wrk
 from .operations import ALL, CREATE, PATCH, READ, TOGGLE, Operation, page
 
 CONNECTIONS = (1, 16, 128)
-MOST = 16  # connections to PostgreSQL alone; it takes 100
+MAX_PGBENCH_CONNECTIONS = 16  # PostgreSQL accepts 100, which the candidates share
 TASKS = 10_000
 HEAD = (
     "| operation, connections | service, /s | of bare | of PostgreSQL | of FastAPI | p50, ms | p99, ms | CPU, µs |\n|"
@@ -35,11 +35,11 @@ FILL = """
 
 
 def main() -> None:
-    """Run what the arguments say."""
+    """Run the benchmarks that the arguments select."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=1, help="of each round")
-    parser.add_argument("--rounds", type=int, default=5, help="of each measurement, for the median")
-    parser.add_argument("--only", choices=["compare", "growth"], help="one half of it")
+    parser.add_argument("--seconds", type=int, default=1, help="length of each round")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds of each measurement")
+    parser.add_argument("--only", choices=["compare", "growth"], help="run only one half")
     options = parser.parse_args()
     print(f"{machine.describe()}; medians of {options.rounds} rounds of {options.seconds} s\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def main() -> None:
 
 @contextmanager
 def candidates(conninfo: str, folder: Path) -> Iterator[list[Candidate]]:
-    """Run all candidates; the service is the first, and makes the tables."""
+    """Run all candidates. The service is the first one, and creates the tables."""
     running: list[Candidate] = []
     try:
         running.extend(Candidate(name, conninfo, folder / f"{name}.log") for name in COMMANDS)
@@ -66,43 +66,47 @@ def candidates(conninfo: str, folder: Path) -> Iterator[list[Candidate]]:
 
 
 def compare(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
-    """Compare the candidates."""
+    """Print the start times, the memory and the table of all operations for all candidates."""
     with candidates(conninfo, folder) as running:
         print("| | start, s | idle memory, MiB |\n| --- | --- | --- |")
         for candidate in running:
             print(f"| {candidate.name} | {candidate.start_seconds:.1f} | {candidate.memory():.0f} |")
-        first, later = (own_start(folder) for _ in range(2))
-        print(f"\nThe service with a PostgreSQL of its own: {first:.1f} s for the first start, then {later:.1f} s")
+        first, later = (embedded_start_seconds(folder) for _ in range(2))
+        print(f"\nThe service with its embedded PostgreSQL: {first:.1f} s for the first start, then {later:.1f} s")
         fill(conninfo)
         print(f"\n{HEAD}", flush=True)
         deep = page("deep", cursor=deep_cursor(conninfo))
         for operation in (ALL, page("first"), deep, READ, CREATE, PATCH, TOGGLE):
             for connections in CONNECTIONS:
-                # Many clients that wait for lists of megabytes need some time for one each.
-                load = Load(connections, seconds * 4 if operation is ALL and connections > MOST else seconds, TASKS)
+                # A list has megabytes, so many clients need more time until each has received one.
+                load = Load(
+                    connections,
+                    seconds * 4 if operation is ALL and connections > MAX_PGBENCH_CONNECTIONS else seconds,
+                    TASKS,
+                )
                 print(row(running, conninfo, operation, load, rounds), flush=True)
                 if operation is CREATE:
                     fill(conninfo)
         after = ", ".join(f"{candidate.name} {candidate.memory():.0f}" for candidate in running)
-        print(f"\nMemory after all this, MiB: {after}", flush=True)
+        print(f"\nMemory after all operations, MiB: {after}", flush=True)
 
 
-def own_start(folder: Path) -> float:
-    """Give how long the service takes to start with a PostgreSQL of its own."""
+def embedded_start_seconds(folder: Path) -> float:
+    """Return the seconds that the service takes to start with its embedded PostgreSQL."""
     service = Candidate("service", "", folder / "own.log")
     service.stop()
     return service.start_seconds
 
 
 def row(running: list[Candidate], conninfo: str, operation: Operation, load: Load, rounds: int) -> str:
-    """Measure an operation with all candidates, and give a row of the table."""
+    """Measure an operation with all candidates, and return a row of the table."""
     seen: dict[str, list[Result]] = {candidate.name: [] for candidate in running}
-    alone = []
+    pgbench_rates = []
     for _ in range(rounds):
         for candidate in running:
             seen[candidate.name].append(wrk(candidate, operation, load))
-        if load.connections <= MOST:
-            alone.append(pgbench(conninfo, operation, load))
+        if load.connections <= MAX_PGBENCH_CONNECTIONS:
+            pgbench_rates.append(pgbench(conninfo, operation, load))
 
     def of(name: str, figure: Callable[[Result], float]) -> float:
         return median(figure(result) for result in seen[name])
@@ -110,14 +114,14 @@ def row(running: list[Candidate], conninfo: str, operation: Operation, load: Loa
     def of_each(figure: Callable[[Result], float], digits: int) -> str:
         return " / ".join(f"{of(name, figure):.{digits}f}" for name in seen)
 
-    def beside(rates: Iterable[float]) -> float:
+    def ratio_to(rates: Iterable[float]) -> float:
         return median(ours.rate / theirs for ours, theirs in zip(seen["service"], rates, strict=True))
 
     figures = [
         f"{of('service', lambda result: result.rate):.0f}",
-        f"{beside(result.rate for result in seen['bare']):.2f}",
-        f"{beside(alone):.2f}" if alone else "",
-        f"{beside(result.rate for result in seen['FastAPI']):.1f}",
+        f"{ratio_to(result.rate for result in seen['bare']):.2f}",
+        f"{ratio_to(pgbench_rates):.2f}" if pgbench_rates else "",
+        f"{ratio_to(result.rate for result in seen['FastAPI']):.1f}",
         of_each(lambda result: result.p50, 1),
         of_each(lambda result: result.p99, 1),
         of_each(lambda result: result.cpu, 0),
@@ -126,7 +130,7 @@ def row(running: list[Candidate], conninfo: str, operation: Operation, load: Loa
 
 
 def fill(conninfo: str) -> None:
-    """Make the tasks anew, as many as there should be, with the ids from 1 on."""
+    """Replace all tasks with TASKS new ones, with ids from 1."""
     with psycopg.connect(conninfo, autocommit=True) as db:
         db.execute("TRUNCATE tasks RESTART IDENTITY CASCADE")
         db.execute(FILL, {"count": TASKS})
@@ -134,7 +138,7 @@ def fill(conninfo: str) -> None:
 
 
 def deep_cursor(conninfo: str) -> str:
-    """Give the cursor of a page near the end."""
+    """Return the cursor of a page near the end."""
     with psycopg.connect(conninfo) as db:
         row = db.execute(
             "SELECT (extract(epoch FROM created_at) * 1000000)::bigint || '_' || id FROM tasks"

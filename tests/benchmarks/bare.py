@@ -1,6 +1,6 @@
-"""The stack itself: a bare WSGI application with gunicorn and a psycopg pool that runs the same statements.
+"""A bare WSGI application with gunicorn and a psycopg pool that runs the same statements.
 
-It checks nothing, logs nothing and knows no errors.
+It does not check input, does not log, and does not handle errors.
 """
 
 import os
@@ -26,15 +26,15 @@ FIRST_PAGE = USER | {"limit": 10_000, "completed": "", "q": "", "after": pages.F
 
 
 class AsBytes(Loader):
-    """Pass JSON on as the bytes that PostgreSQL sent."""
+    """A loader that returns JSON as the bytes that PostgreSQL sent."""
 
     def load(self, data: Buffer) -> bytes:
-        """Copy the bytes."""
+        """Return a copy of the bytes."""
         return bytes(data)
 
 
 def configure(connection: psycopg.Connection[Any]) -> None:
-    """Register the loader."""
+    """Register the loader on a new connection."""
     for name in ("json", "text"):
         connection.adapters.register_loader(name, AsBytes)
 
@@ -49,7 +49,7 @@ pool = ConnectionPool(
 
 
 def fetch(name: str, parameters: dict[str, Any]) -> bytes:
-    """Run a statement."""
+    """Run a statement and return its JSON."""
     if pool.closed:
         pool.open()
     statement = SQL[name]
@@ -60,7 +60,7 @@ def fetch(name: str, parameters: dict[str, Any]) -> bytes:
 
 
 def app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-    """Answer one of the six calls."""
+    """Respond to one of the six calls."""
     method, parts = environ["REQUEST_METHOD"], environ["PATH_INFO"].split("/")  # "", "api", "tasks", id, "toggle"
     task = USER | {"task_id": parts[3], "if_match": "{}"} if len(parts) > 3 else USER
     if len(parts) == 3 and method == "GET":
@@ -78,6 +78,6 @@ def app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable
 
 
 def read(environ: "WSGIEnvironment") -> str:
-    """Read the body."""
+    """Return the body of a request."""
     body: bytes = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
     return body.decode()

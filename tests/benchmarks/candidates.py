@@ -1,4 +1,4 @@
-"""The applications that are compared, each as a server of two workers on the same database."""
+"""The compared applications, each with two workers on the same database."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ THREADS = 4
 
 COMMANDS = {
     "service": [sys.executable, "wsgi.py"],
-    # What the service's own gunicorn is set to, as far as it matters here.
+    # The same settings as the service's gunicorn, as far as they affect the figures.
     "bare": [
         *[sys.executable, "-m", "gunicorn", "--no-control-socket", "--log-level=warning", "--keep-alive=75"],
         *["--worker-class=gthread", f"--workers={WORKERS}", f"--threads={THREADS}", "tests.benchmarks.bare:app"],
@@ -37,7 +37,7 @@ class Candidate:
     """A running application."""
 
     def __init__(self, name: str, conninfo: str, log: Path) -> None:
-        """Start it and wait for its first answer; without a ``conninfo`` it makes a PostgreSQL of its own."""
+        """Start it and wait for its first response. Without ``conninfo``, it starts an embedded PostgreSQL."""
         self.name = name
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -64,20 +64,20 @@ class Candidate:
         return False
 
     def processes(self) -> list[psutil.Process]:
-        """Give the master and its workers, without a database's processes."""
+        """Return the master and its workers, without the processes of an embedded PostgreSQL."""
         started = children(self.process.pid, recursive=True)
         return [psutil.Process(self.process.pid), *(child for child, name in started.items() if name != "postgres")]
 
     def memory(self) -> float:
-        """Give the memory that it takes, in MiB; what its processes share counts once (PSS)."""
+        """Return the memory of the processes in MiB. Shared memory counts once (PSS)."""
         return sum(process.memory_full_info().pss for process in self.processes()) / 2**20
 
     def cpu_seconds(self) -> float:
-        """Give the processor time that it has used."""
+        """Return the processor time of its running processes, in seconds."""
         return cpu_seconds(self.processes())
 
     def settle(self) -> None:
-        """Wait until it has nothing to do: some go on with requests whose clients have left."""
+        """Wait until the application is idle. It may still process requests whose clients have disconnected."""
         deadline = time.monotonic() + 60
         before = -1.0
         while (now := self.cpu_seconds()) > before + 0.02 and time.monotonic() < deadline:
@@ -85,18 +85,18 @@ class Candidate:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the application."""
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
 
 
 def sqlalchemy_url(conninfo: str) -> str:
-    """Write a connection string as SQLAlchemy's asyncpg dialect takes it."""
+    """Return a connection string as a URL for SQLAlchemy's asyncpg dialect."""
     parts = {name: quote(str(value)) for name, value in conninfo_to_dict(conninfo).items()}
     return "postgresql+asyncpg://{user}@/{dbname}?host={host}&port={port}".format(**parts)
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:
-    """Give the processor time that processes have used."""
+    """Return the processor time that processes have used, in seconds."""
     return sum(sum(process.cpu_times()[:2]) for process in processes)

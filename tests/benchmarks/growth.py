@@ -1,4 +1,4 @@
-"""How the cost of a call grows with the number of tasks."""
+"""The cost of calls as the number of tasks grows."""
 
 from pathlib import Path
 from statistics import median
@@ -13,9 +13,9 @@ from .candidates import Candidate
 from .loads import Load, wrk
 from .operations import ALL, CREATE, PATCH, READ, Operation, page
 
-PICTURE = Path(__file__).with_name("growth.svg")
+CHART = Path(__file__).with_name("growth.svg")
 CONNECTIONS = 4
-# Name, users, tasks of each; the first user is the one who asks.
+# Name: users, tasks of each user. The requests come from the first user.
 SIZES = {
     "10 000": (1, 10_000),
     "100 000": (1, 100_000),
@@ -36,7 +36,7 @@ DEEP = """
 
 
 def measure(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
-    """Measure each operation at each size; print a table, and draw it."""
+    """Measure each operation at each size, print a table and draw a chart."""
     running = [prepare(conninfo, folder, number, *size) for number, size in enumerate(SIZES.values())]
     table: dict[str, list[float]] = {}
     try:
@@ -50,14 +50,14 @@ def measure(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
     finally:
         for candidate, *_ in running:
             candidate.stop()
-    print(f"\n| ms for a request (beside 10 000) | {' | '.join(SIZES)} |\n|{' --- |' * (len(SIZES) + 1)}")
+    print(f"\n| ms per request (ratio to 10 000 tasks) | {' | '.join(SIZES)} |\n|{' --- |' * (len(SIZES) + 1)}")
     for name, figures in table.items():
         print(f"| {name} | {' | '.join(f'{cost:.2f} ({cost / figures[0]:.2f})' for cost in figures)} |")
     draw(table)
 
 
 def operations(cursor: str) -> dict[str, Operation]:
-    """Give what is measured, with the cursor of a page near the end."""
+    """Return the measured operations by name. ``cursor`` is that of a page near the end."""
     return {
         "list, at most 10 000": ALL,
         "page of 50, first": page("first"),
@@ -72,13 +72,13 @@ def operations(cursor: str) -> dict[str, Operation]:
 
 
 def prepare(conninfo: str, folder: Path, number: int, users: int, tasks: int) -> tuple[Candidate, str, int]:
-    """Run a service on a database with so many tasks; give it, the cursor of a deep page, and the user's last id."""
+    """Run a service on a new database. Return it, the cursor of a deep page, and the last id of the first user."""
     name = f"size{number}"
     with psycopg.connect(conninfo, autocommit=True) as db:
         db.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    here = make_conninfo(conninfo, dbname=name)
-    candidate = Candidate("service", here, folder / f"{name}.log")
-    with psycopg.connect(here, autocommit=True) as db:
+    own_database = make_conninfo(conninfo, dbname=name)
+    candidate = Candidate("service", own_database, folder / f"{name}.log")
+    with psycopg.connect(own_database, autocommit=True) as db:
         db.execute(FILL, {"users": users, "tasks": tasks})
         db.execute("VACUUM ANALYZE tasks")
         row = db.execute(DEEP, {"left": min(tasks - 1, 300)}).fetchone()
@@ -87,8 +87,8 @@ def prepare(conninfo: str, folder: Path, number: int, users: int, tasks: int) ->
 
 
 def draw(table: dict[str, list[float]]) -> None:
-    """Draw the costs beside those at the smallest size."""
-    mpl.rcParams["svg.hashsalt"] = "growth"  # the same picture of the same figures
+    """Draw the costs as ratios to those at the smallest size."""
+    mpl.rcParams["svg.hashsalt"] = "growth"  # the same figures make the same file
     figure = Figure(figsize=(8, 4), layout="tight")
     axes = figure.subplots()
     for name, figures in table.items():
@@ -96,4 +96,4 @@ def draw(table: dict[str, list[float]]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("cost of a request, at 10 000 tasks = 1")
     axes.legend(fontsize="small")
-    figure.savefig(PICTURE, metadata={"Date": None})
+    figure.savefig(CHART, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The loads: wrk on an application, pgbench on PostgreSQL alone."""
+"""The loads: wrk on an application, and pgbench on PostgreSQL alone."""
 
 import json
 import re
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("wrk.lua")
 
 @dataclass(frozen=True)
 class Result:
-    """What a load has seen: requests in a second, milliseconds, and microseconds of processor time for a request."""
+    """The result of a load: requests per second, percentiles in ms, and processor time per request in µs."""
 
     rate: float
     p50: float
@@ -31,7 +31,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Load:
-    """How many connections, for how many seconds, on tasks with the ids from 1 to this."""
+    """A load: the number of connections, the seconds, and the highest id of the tasks, which start at 1."""
 
     connections: int
     seconds: int
@@ -39,21 +39,21 @@ class Load:
 
 
 def wrk(candidate: Candidate, operation: Operation, load: Load) -> Result:
-    """Put an application under load, and see that no request fails."""
+    """Put an application under load with wrk, and check that no request fails."""
     before = candidate.cpu_seconds()
     arguments = [operation.method, operation.path, operation.body, str(load.ids)]
     command = [program("wrk"), "-t1", f"-c{load.connections}", f"-d{load.seconds}s", "--timeout=60s", "-s", str(SCRIPT)]
     run = subprocess.run([*command, candidate.url, "--", *arguments], capture_output=True, text=True, check=True)
     seen = json.loads(run.stdout.splitlines()[-1])
     assert seen["failed"] == 0, (candidate.name, operation.name, run.stdout)
-    done = seen["requests"] or 1  # it may be too slow for one
+    done = seen["requests"] or 1  # a slow application may complete none
     candidate.settle()
     cpu = (candidate.cpu_seconds() - before) / done
     return Result(done / seen["seconds"], seen["p50"], seen["p99"], 1e6 * cpu)
 
 
 def pgbench(conninfo: str, operation: Operation, load: Load) -> float:
-    """Run an operation's statement in PostgreSQL alone and give how often it was done in a second."""
+    """Run an operation's statement with pgbench, and return the number of executions per second."""
     script, variables = for_pgbench(operation)
     command = [str(cluster.bin_folder() / "pgbench"), "-n", "-M", "prepared", "-f", "-", "-c", str(load.connections)]
     command += ["-j", str(min(load.connections, psutil.cpu_count() or 1)), "-T", str(load.seconds)]

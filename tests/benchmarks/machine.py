@@ -1,4 +1,4 @@
-"""The machine that figures come from."""
+"""The machine on which the benchmarks run."""
 
 import platform
 import re
@@ -10,7 +10,7 @@ from todo_api.embedded import cluster
 
 
 def describe() -> str:
-    """Name the processor, its cores, the memory and the versions."""
+    """Return the processor, its cores, the memory and the versions of Python and PostgreSQL as one text."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     [model, *_] = [*re.findall(r"^model name\s*: (.*)", text, re.MULTILINE), platform.machine()]
     memory = psutil.virtual_memory().total / 2**30

@@ -1,4 +1,4 @@
-"""What is measured: the calls, and the same as statements for pgbench."""
+"""The measured operations, as HTTP calls and as statements for pgbench."""
 
 import re
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from todo_api.database import statements
 
 @dataclass(frozen=True)
 class Operation:
-    """A call that is made again and again."""
+    """A call that a load repeats."""
 
     name: str
     method: str
-    path: str  # {id} is a task's id out of the range
-    body: str = ""  # {n} is another number each time
+    path: str  # {id} stands for a random id of a task
+    body: str = ""  # {n} stands for another number in each request
     statement: str = ""
-    one: bool = True  # whether it answers one task
+    one: bool = True  # whether the response is one task
 
 
 TASKS = "/api/tasks"
@@ -28,7 +28,7 @@ TOGGLE = Operation("toggle", "POST", f"{TASKS}/{{id}}/toggle", statement="tasks/
 
 
 def page(name: str, cursor: str = "", filters: str = "") -> Operation:
-    """Make the operation that gets a page of 50."""
+    """Return the operation that gets a page of 50."""
     after = f"&after={cursor}" if cursor else ""
     return Operation(
         f"page of 50, {name}", "GET", f"{TASKS}?limit=50{after}{filters}", statement="tasks/list", one=False
@@ -36,7 +36,7 @@ def page(name: str, cursor: str = "", filters: str = "") -> Operation:
 
 
 def for_pgbench(operation: Operation) -> tuple[str, dict[str, str]]:
-    """Give the statement that the service runs for an operation as a pgbench script, and its variables."""
+    """Return the service's statement for an operation as a pgbench script, and the script's variables."""
     statement = statements.load()[operation.statement]
     sql = (statement.row_json if operation.one else statement.rows_json).decode()
     query = dict(pair.split("=") for pair in operation.path.partition("?")[2].split("&") if pair)
@@ -57,7 +57,7 @@ def for_pgbench(operation: Operation) -> tuple[str, dict[str, str]]:
         if "{n}" in value:
             before, after = value.split("{n}")
             return f"('{before}' || :n::text || '{after}')"
-        # pgbench has no variables without a value; a literal is to PostgreSQL's advantage.
+        # pgbench does not support empty variables. A literal gives PostgreSQL a small advantage.
         return f":{name}" if value else "''"
 
     script = re.sub(r"\$(\d+)", in_pgbench, sql)

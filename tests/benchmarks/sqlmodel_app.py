@@ -1,4 +1,4 @@
-"""What many would pick: the same six calls on the same table with FastAPI, SQLModel and asyncpg."""
+"""A common alternative: the same six calls on the same table with FastAPI, SQLModel and asyncpg."""
 
 import os
 from collections.abc import AsyncIterator
@@ -19,12 +19,12 @@ sessions = async_sessionmaker(engine, class_=AsyncSession, expire_on_commit=Fals
 
 
 def now() -> datetime:
-    """Give the time."""
+    """Return the current time."""
     return datetime.now(UTC)
 
 
 class Task(SQLModel, table=True):
-    """A row of the table, and what goes out."""
+    """A row of the table, and the body of a response."""
 
     __tablename__ = "tasks"
 
@@ -43,7 +43,7 @@ Description = Annotated[str, StringConstraints(max_length=2000)]
 
 
 class NewTask(SQLModel, extra="forbid"):
-    """What comes in for a create."""
+    """The body of a create."""
 
     title: Title
     description: Description | None = None
@@ -51,7 +51,7 @@ class NewTask(SQLModel, extra="forbid"):
 
 
 class TaskChanges(SQLModel, extra="forbid"):
-    """What comes in for a change."""
+    """The body of a change."""
 
     title: Title | None = None
     description: Description | None = None
@@ -59,7 +59,7 @@ class TaskChanges(SQLModel, extra="forbid"):
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """Give a request its session."""
+    """Yield a session for one request."""
     async with sessions() as session:
         yield session
 
@@ -69,7 +69,7 @@ app = FastAPI()
 
 
 async def find(session: AsyncSession, task_id: int, *, lock: bool = False) -> Task:
-    """Find a task of the user's."""
+    """Return a task of the user, or respond with a 404."""
     query = select(Task).where(Task.id == task_id, Task.user_id == USER)
     task = (await session.exec(query.with_for_update() if lock else query)).first()
     if task is None:
@@ -78,7 +78,7 @@ async def find(session: AsyncSession, task_id: int, *, lock: bool = False) -> Ta
 
 
 async def save(session: AsyncSession, task: Task) -> Task:
-    """Save a changed task."""
+    """Save a changed task and return it."""
     task.version += 1
     task.updated_at = now()
     session.add(task)
@@ -88,7 +88,7 @@ async def save(session: AsyncSession, task: Task) -> Task:
 
 @app.get("/api/tasks")
 async def list_tasks(session: Session, limit: int = 10_000, after: str | None = None) -> list[Task]:
-    """List tasks, newest first."""
+    """Return tasks, newest first."""
     query = select(Task).where(Task.user_id == USER).order_by(desc(Task.created_at), desc(Task.id)).limit(limit)
     if after:
         microseconds, _, task_id = after.partition("_")
@@ -99,7 +99,7 @@ async def list_tasks(session: Session, limit: int = 10_000, after: str | None = 
 
 @app.post("/api/tasks", status_code=201)
 async def create_task(new: NewTask, session: Session) -> Task:
-    """Create a task."""
+    """Create a task and return it."""
     task = Task(**new.model_dump())
     session.add(task)
     await session.commit()
@@ -108,13 +108,13 @@ async def create_task(new: NewTask, session: Session) -> Task:
 
 @app.get("/api/tasks/{task_id}")
 async def get_task(task_id: int, session: Session) -> Task:
-    """Get a task."""
+    """Return a task."""
     return await find(session, task_id)
 
 
 @app.patch("/api/tasks/{task_id}")
 async def update_task(task_id: int, changes: TaskChanges, session: Session) -> Task:
-    """Change a task."""
+    """Change a task and return it."""
     task = await find(session, task_id, lock=True)
     task.sqlmodel_update(changes.model_dump(exclude_unset=True))
     return await save(session, task)
@@ -122,7 +122,7 @@ async def update_task(task_id: int, changes: TaskChanges, session: Session) -> T
 
 @app.delete("/api/tasks/{task_id}")
 async def delete_task(task_id: int, session: Session) -> Task:
-    """Delete a task."""
+    """Delete a task and return it."""
     task = await find(session, task_id, lock=True)
     await session.delete(task)
     await session.commit()
@@ -131,7 +131,7 @@ async def delete_task(task_id: int, session: Session) -> Task:
 
 @app.post("/api/tasks/{task_id}/toggle")
 async def toggle_task(task_id: int, session: Session) -> Task:
-    """Flip completed."""
+    """Invert ``completed`` of a task, and return the task."""
     task = await find(session, task_id, lock=True)
     task.completed = not task.completed
     return await save(session, task)

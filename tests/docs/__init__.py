@@ -1,1 +1,1 @@
-"""The OpenAPI document, its page and the README, read as others read them."""
+"""The OpenAPI document, the docs page and the READMEs, as browsers, tools and users read them."""

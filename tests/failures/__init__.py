@@ -1,1 +1,1 @@
-"""What only the whole system shows, while something fails or too much is asked of it."""
+"""The whole system under faults and overload."""

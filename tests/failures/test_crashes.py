@@ -1,4 +1,4 @@
-"""The service on its own PostgreSQL: whatever is killed, and whatever fills its disk, no acknowledged task is lost."""
+"""The service with the embedded PostgreSQL: killed processes and full disks lose no acknowledged task."""
 
 import os
 import random
@@ -23,41 +23,41 @@ from tests.support.service import Service, workers
 
 
 def conninfo(host: Path, user: str = "todo") -> str:
-    """Give the connection string of the PostgreSQL that has its socket in a folder."""
+    """Return the connection string of the PostgreSQL with its Unix socket in a folder."""
     return f"host={host} port=5432 user={user} dbname=todo"
 
 
 def serves(service: Service) -> bool:
-    """Say whether its own workers answer; those of a killed master may do so for another second."""
+    """Return whether this service responds, and not the workers of a killed master that still have the port."""
     return "serving http" in service.log() and service.answers()
 
 
 def kill_master(service: Service, _: Path) -> None:
-    """SIGKILL the master; its workers notice it within a second or so."""
+    """Kill the master; its workers notice it after about a second."""
     service.stop(signal.SIGKILL)
 
 
 def kill_worker(service: Service, _: Path) -> None:
-    """SIGKILL one of the workers."""
+    """Kill one of the workers."""
     for worker in workers(service)[:1]:
         worker.kill()
 
 
 def kill_postmaster(_: Service, data_dir: Path) -> None:
-    """SIGKILL PostgreSQL's first process; the others notice it."""
-    for postmaster in postmasters_in(data_dir):  # none, where it is being started just now
+    """Kill the postmaster; PostgreSQL's other processes notice it."""
+    for postmaster in postmasters_in(data_dir):  # there is none before it has started
         postmaster.kill()
 
 
 def kill_backend(_: Service, data_dir: Path) -> None:
-    """SIGKILL one of PostgreSQL's other processes; the first one then restarts all of them."""
+    """Kill one of PostgreSQL's other processes; the postmaster then restarts all of them."""
     for server in [server for server in servers_in(data_dir) if server.info["ppid"] != 1][-1:]:
         with suppress(psutil.NoSuchProcess):
             server.kill()
 
 
 def kill_everything(service: Service, data_dir: Path) -> None:
-    """SIGKILL all processes."""
+    """Kill all processes of the service and of PostgreSQL."""
     service.kill()
     for server in servers_in(data_dir):
         with suppress(psutil.NoSuchProcess):
@@ -69,7 +69,7 @@ KILLS: list[Kill] = [kill_master, kill_postmaster, kill_worker, kill_everything,
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_whatever_is_killed_at_whatever_moment_the_next_start_has_every_task(
+def test_every_task_survives_a_kill_of_any_process_at_any_moment(
     rounds: int, tmp_path: Path, start: Start, figure: Figure
 ) -> None:
     seed = random.randrange(2**32)
@@ -80,13 +80,13 @@ def test_whatever_is_killed_at_whatever_moment_the_next_start_has_every_task(
     kills = (chance.sample(KILLS, 5) * rounds)[:rounds]
     for kill in kills:
         service = start(DATA_DIR=data_dir, PORT=port, WEB_CONCURRENCY=2)
-        if chance.random() < 0.7 or not calls:  # or in the middle of the start
+        if chance.random() < 0.7 or not calls:  # otherwise the kill happens during the start
             service.wait()
         with Load(service, 4) as load:
             time.sleep(chance.uniform(0.1, 1.5))
             kill(service, data_dir)
             if service.process.poll() is None:
-                wait_until(service.answers)  # without another start
+                wait_until(service.answers)  # it recovers without a restart
                 time.sleep(0.3)
         calls += load.calls
         assert set(load.statuses()) <= {0, 201, 503}
@@ -100,7 +100,9 @@ def test_whatever_is_killed_at_whatever_moment_the_next_start_has_every_task(
         assert servers_in(data_dir) == []
 
 
-def test_two_services_agree_on_a_new_server_which_outlives_its_starter(tmp_path: Path, start: Start) -> None:
+def test_two_services_restart_one_server_and_it_survives_the_service_that_started_it(
+    tmp_path: Path, start: Start
+) -> None:
     first, second = [start(DATA_DIR=tmp_path / "data", WEB_CONCURRENCY=2) for _ in range(2)]
     with Load(first.wait(), 4) as load, Load(second.wait(), 4) as other_load:
         for _ in range(2):
@@ -110,14 +112,14 @@ def test_two_services_agree_on_a_new_server_which_outlives_its_starter(tmp_path:
             assert postmaster_in(tmp_path) != killed
         time.sleep(0.5)
         server = postmaster_in(tmp_path)
-        starter, survivor, going_on = first, second, other_load
+        starter, survivor, survivors_load = first, second, other_load
         if os.getpgid(server.info["ppid"]) == second.process.pid:
-            starter, survivor, going_on = second, first, load
-        before = len(going_on.calls)
+            starter, survivor, survivors_load = second, first, load
+        before = len(survivors_load.calls)
         starter.kill()
         time.sleep(1.5)
-    assert {call.status for call in going_on.calls[before:]} == {201}
-    assert set(going_on.statuses()) <= {201, 503}
+    assert {call.status for call in survivors_load.calls[before:]} == {201}
+    assert set(survivors_load.statuses()) <= {201, 503}
     assert_acknowledged_once(load.calls + other_load.calls, conninfo(tmp_path / "data" / "postgres"))
     assert postmaster_in(tmp_path) == server
     assert survivor.stop() == 0
@@ -125,13 +127,13 @@ def test_two_services_agree_on_a_new_server_which_outlives_its_starter(tmp_path:
 
 
 def is_gone(server: psutil.Process, folder: Path) -> bool:
-    """Say whether a server is none any more; as a zombie it stays for the service to look after it."""
+    """Return whether a server has ended. It may be a zombie until the service reaps it."""
     return server not in servers_in(folder)
 
 
-def test_a_server_that_hangs_holds_up_no_call(tmp_path: Path, start: Start) -> None:
+def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, start: Start) -> None:
     service = start(DATA_DIR=tmp_path / "data").wait()
-    postmaster_in(tmp_path).suspend()  # first, so that the others are all there are
+    postmaster_in(tmp_path).suspend()  # first, so that it starts no other processes
     hanging = servers_in(tmp_path)
     for process in hanging:
         process.suspend()
@@ -153,26 +155,28 @@ def test_a_server_that_hangs_holds_up_no_call(tmp_path: Path, start: Start) -> N
 
 # ---- a full disk
 
-# Mounts a small disk that only the service sees. Where root mounts it, it goes with the last process that sees it. Who
-# is not root is root in a user namespace of his own, and himself again, as PostgreSQL insists, in another one inside.
-AS_ONESELF = [] if os.geteuid() == 0 else ["unshare", "-U", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
+# A small disk is mounted in a mount namespace, so only the service sees it, and it disappears with the service. Without
+# root, the mount needs a user namespace. PostgreSQL refuses to run as root, so a second one inside restores the user.
+AS_CURRENT_USER = (
+    [] if os.geteuid() == 0 else ["unshare", "-U", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
+)
 
 
 def start_on_disk(start: Start, size: str, data_dir: Path, before: str = "") -> Service:
-    """Start a service that has its DATA_DIR on a small disk; "before" is a script that runs first, on the same disk."""
+    """Start a service with its DATA_DIR on a small disk, after the script ``before`` has run on the same disk."""
     data_dir.mkdir()
-    space = [program("unshare"), "-m"] if os.geteuid() == 0 else [program("unshare"), "-rm"]
+    namespace = [program("unshare"), "-m"] if os.geteuid() == 0 else [program("unshare"), "-rm"]
     script = f'mount -t tmpfs -o size={size} tmpfs "$0"; {before} exec "$@"'
-    prefix = [*space, "sh", "-c", script, str(data_dir), *AS_ONESELF]
+    prefix = [*namespace, "sh", "-c", script, str(data_dir), *AS_CURRENT_USER]
     return start(prefix=prefix, DATA_DIR=data_dir, WEB_CONCURRENCY=2)
 
 
-@pytest.mark.parametrize("room", [20, *(pytest.param(room, marks=pytest.mark.long) for room in (1, 40))])
-def test_a_disk_too_full_for_a_cluster_is_named_in_one_line_and_with_space_the_next_start_works(
-    room: int, tmp_path: Path, start: Start
+@pytest.mark.parametrize("free_mib", [20, *(pytest.param(free, marks=pytest.mark.long) for free in (1, 40))])
+def test_a_disk_too_full_for_a_cluster_is_reported_in_one_line_and_the_next_start_succeeds(
+    free_mib: int, tmp_path: Path, start: Start
 ) -> None:
-    ball = f'head -c {200 - room}M /dev/zero > "$0/ball"; "$@"; echo "status $?"; rm "$0/ball";'
-    service = start_on_disk(start, "200m", tmp_path / "d", ball)
+    fill_disk = f'head -c {200 - free_mib}M /dev/zero > "$0/filler"; "$@"; echo "status $?"; rm "$0/filler";'
+    service = start_on_disk(start, "200m", tmp_path / "d", fill_disk)
     assert create(service.wait().client).status == httpx.codes.CREATED
     failed, started = service.log().split("status 3\n")
     assert re.search(r"todo_api: (initdb|createdb) failed: .*No space left on device.*\n$", failed)
@@ -182,22 +186,20 @@ def test_a_disk_too_full_for_a_cluster_is_named_in_one_line_and_with_space_the_n
 
 
 @pytest.mark.parametrize(
-    "harm", ["tables can't grow", pytest.param("the write-ahead log can't", marks=pytest.mark.long)]
+    "failure", ["tables cannot grow", pytest.param("the write-ahead log cannot grow", marks=pytest.mark.long)]
 )
-def test_a_disk_that_runs_full_is_a_clear_503_until_there_is_space_again(
-    harm: str, tmp_path: Path, start: Start
-) -> None:
+def test_requests_get_a_503_while_the_disk_is_full(failure: str, tmp_path: Path, start: Start) -> None:
     service = start_on_disk(start, "64m", tmp_path / "d").wait()
     disk = Path(f"/proc/{service.process.pid}/root{tmp_path / 'd'}")
-    entrance = os.open(disk / "postgres", os.O_PATH)  # a short way to the socket, whose path may have 107 bytes
-    server = Path(f"/proc/self/fd/{entrance}")
+    folder_fd = os.open(disk / "postgres", os.O_PATH)  # a short path to the socket; the limit is 107 bytes
+    server = Path(f"/proc/self/fd/{folder_fd}")
     with Load(service, 4) as load:
         time.sleep(0.5)
-        fill(disk / "ball")
-        wait_until(lambda: has_panicked(server, service) if "log" in harm else "DiskFull" in service.log())
+        fill(disk / "filler")
+        wait_until(lambda: has_panicked(server, service) if "log" in failure else "DiskFull" in service.log())
         time.sleep(2)
         full = load.calls[-8:]
-        (disk / "ball").unlink()
+        (disk / "filler").unlink()
         wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
         time.sleep(0.5)
     for call in [call for call in full if call.status != httpx.codes.CREATED]:
@@ -206,19 +208,19 @@ def test_a_disk_that_runs_full_is_a_clear_503_until_there_is_space_again(
     assert max(map(float, re.findall(r" 503 ([\d.]+)ms ", service.log()))) < 1000
     assert "Traceback" not in service.log()
     assert_acknowledged_once(load.calls, conninfo(server))
-    os.close(entrance)
+    os.close(folder_fd)
     assert service.stop() == 0
 
 
 def fill(file: Path) -> None:
-    """Write until the disk is full."""
+    """Write to a file until the disk is full."""
     with file.open("wb", buffering=0) as output, suppress(OSError):
         while True:
             output.write(b"x" * 4096)
 
 
 def has_panicked(server: Path, service: Service) -> bool:
-    """Begin a new file of the write-ahead log, and say whether PostgreSQL has given up for lack of space for one."""
+    """Start a new file of the write-ahead log, and return whether PostgreSQL has failed because the disk is full."""
     with suppress(psycopg.OperationalError), psycopg.connect(conninfo(server, "postgres"), autocommit=True) as db:
         db.execute("SELECT pg_logical_emit_message(true, 'test', 'something to log')")
         db.execute("SELECT pg_switch_wal()")

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL that died cost no request, and no request pays for finding that out."""
+"""No request fails because of a dead connection to PostgreSQL, and no request pays for a check of connections."""
 
 import socket
 import struct
@@ -30,14 +30,14 @@ def postgres(tmp_path: Path) -> Iterator[Postgres]:
 
 @pytest.fixture
 def service(postgres: Postgres, tmp_path: Path) -> Iterator[Service]:
-    """Run a service of one worker on it, all of whose connections are there."""
+    """Run a service of one worker on it, with all of its connections open."""
     running = Service(tmp_path / "log", DATABASE_URL=as_url(postgres.conninfo), WEB_CONCURRENCY=1).wait()
     wait_until(lambda: connections(postgres) == 4)
     yield running
     assert running.stop() == 0
 
 
-def test_terminated_again_and_again_no_first_request_afterwards_fails(postgres: Postgres, service: Service) -> None:
+def test_requests_succeed_after_the_idle_connections_are_terminated(postgres: Postgres, service: Service) -> None:
     for _ in range(10):
         wait_until(lambda: connections(postgres) == 4)
         assert terminate(postgres) == 4
@@ -46,7 +46,9 @@ def test_terminated_again_and_again_no_first_request_afterwards_fails(postgres: 
 
 
 @pytest.mark.parametrize("end", [Postgres.stop, Postgres.kill])
-def test_after_an_idle_restart_the_first_request_succeeds(end: object, postgres: Postgres, service: Service) -> None:
+def test_the_first_request_after_a_restart_of_postgresql_succeeds(
+    end: object, postgres: Postgres, service: Service
+) -> None:
     for _ in range(3):
         assert callable(end)
         end(postgres)
@@ -56,7 +58,7 @@ def test_after_an_idle_restart_the_first_request_succeeds(end: object, postgres:
         wait_until(lambda: connections(postgres) == 4)
 
 
-def test_terminated_again_and_again_under_load_no_write_is_lost_or_doubled(
+def test_no_write_is_lost_or_doubled_when_connections_are_terminated_under_load(
     postgres: Postgres, service: Service
 ) -> None:
     with Crowd(service, 50, ("create", "toggle", "get", "list")) as crowd:
@@ -67,7 +69,7 @@ def test_terminated_again_and_again_under_load_no_write_is_lost_or_doubled(
         time.sleep(0.3)
     assert set(crowd.outcomes()) == {"answered"}
     assert set(crowd.statuses()) <= {200, 201, 503}
-    # Those whose statement was at work, and could not be told whether it was done: at most one for each connection.
+    # At most one request per terminated connection: its statement was in progress, so its outcome is unknown.
     assert crowd.statuses()[503] <= ended
     assert crowd.statuses()[201] > 50
     assert "Traceback" not in service.log()
@@ -79,10 +81,10 @@ def test_terminated_again_and_again_under_load_no_write_is_lost_or_doubled(
 
 
 class Relay:
-    """Stands between a service and PostgreSQL, and counts how often the service waits for an answer."""
+    """A relay between a service and PostgreSQL that counts how often the service waits for a response."""
 
     def __init__(self, folder: Path, target: Path) -> None:
-        """Listen on a socket of the name that libpq looks for."""
+        """Listen on a Unix socket with the name that libpq expects."""
         self.target = str(target)
         self.round_trips = 0
         self.listener = socket.socket(socket.AF_UNIX)
@@ -99,7 +101,7 @@ class Relay:
             threading.Thread(target=self._pass_on, args=(server, client), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, to: socket.socket) -> None:
-        with suppress(OSError):  # the other way's thread has closed it
+        with suppress(OSError):  # the thread of the other direction may have closed it
             while data := source.recv(65_536):
                 to.sendall(data)
         to.close()
@@ -109,7 +111,7 @@ class Relay:
         length = stream.read(4)  # the first message has no type
         server.sendall(length + stream.read(struct.unpack("!I", length)[0] - 4))
         while len(head := stream.read(5)) == 5:
-            # Sync or Query: after these PostgreSQL says that it is ready.
+            # PostgreSQL responds to a Sync or a Query with ReadyForQuery.
             self.round_trips += head[:1] in {b"S", b"Q"}
             server.sendall(head + stream.read(struct.unpack("!I", head[1:])[0] - 4))
         server.close()

@@ -1,4 +1,4 @@
-"""The database is there and does not answer: locks, long statements, a server that is stopped, a frozen network."""
+"""A database that does not respond: locks, long statements, a suspended server, a frozen network."""
 
 import re
 import time
@@ -39,7 +39,7 @@ def service(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def far_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkPostgres]:
+def network_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkPostgres]:
     """Run a PostgreSQL in a network that can be frozen."""
     server = NetworkPostgres(tmp_path_factory.mktemp("far") / "server", Network())
     yield server
@@ -48,80 +48,82 @@ def far_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkPo
 
 
 @pytest.fixture(scope="module")
-def far_service(far_postgres: NetworkPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run a service of one worker that reaches it through that network."""
-    with running(NetworkService(tmp_path_factory.mktemp("far") / "log", far_postgres)) as service:
+def network_service(network_postgres: NetworkPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run a service of one worker that reaches the PostgreSQL through that network."""
+    with running(NetworkService(tmp_path_factory.mktemp("far") / "log", network_postgres)) as service:
         yield service
 
 
 @contextmanager
 def running(service: Service) -> Iterator[Service]:
-    """Wait until a service can reach its database, and stop it in the end."""
+    """Wait until a service can reach its database. Stop the service at the end of the block."""
     try:
         yield service.wait()
     finally:
         assert service.stop() == 0
 
 
-def only_task(service: Service, postgres: Postgres) -> dict[str, Any]:
-    """Create a task, which is then the only one."""
-    clear(postgres)
+def create_only_task(service: Service, postgres: Postgres) -> dict[str, Any]:
+    """Delete all tasks, then create one and return it."""
+    delete_tasks(postgres)
     task: dict[str, Any] = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     return task
 
 
-def clear(postgres: Postgres) -> None:
-    """Delete the tasks that the test before has left."""
+def delete_tasks(postgres: Postgres) -> None:
+    """Delete all tasks."""
     with psycopg.connect(postgres.conninfo) as db:
         db.execute("DELETE FROM tasks")
 
 
-def write(service: Service, task: dict[str, Any], kind: str) -> httpx.Response:
-    """Change a task in one of the ways that there are."""
+def change(service: Service, task: dict[str, Any], kind: str) -> httpx.Response:
+    """Send a change of one of the kinds in WRITES, and return the response."""
     method, path = ("POST", "/toggle") if kind == "toggle" else (kind, "")
     body = {"title": "Buy bread"} if kind == "PATCH" else None
     return service.client.request(method, f"/api/tasks/{task['id']}{path}", json=body)
 
 
 def assert_unchanged(service: Service, postgres: Postgres, task: dict[str, Any]) -> None:
-    """Check that nothing has become of a task, and nothing will: no statement is at work any more."""
+    """Wait until no statement is in progress, and check that a task is unchanged and is the only one."""
     wait_until(lambda: not backends(postgres, "active"))
     assert service.client.get("/api/tasks").json() == [task]
 
 
 def backends(postgres: Postgres, state: str = "%") -> dict[int, object]:
-    """Find the server's processes that work for a service, and when each had its last statement."""
+    """Return the ids of the server's processes for the service, with the start of each one's last statement."""
     query = "SELECT pid, query_start FROM pg_stat_activity WHERE application_name = 'todo_api' AND state LIKE %s"
     with psycopg.connect(postgres.conninfo) as db:
         return dict(db.execute(query, [state]).fetchall())
 
 
-def slowest(service: Service) -> float:
-    """Give the seconds that the service took for its slowest 503, as it has logged them."""
+def slowest_503(service: Service) -> float:
+    """Return the seconds that the slowest 503 took, as the service logged them."""
     return max(float(milliseconds) for milliseconds in re.findall(r" 503 ([\d.]+)ms ", service.log())) / 1000
 
 
 @pytest.mark.parametrize("lock", ["SELECT 1 FROM tasks FOR UPDATE", "LOCK TABLE tasks"])
-def test_what_is_locked_is_a_503_and_stays_as_it_is(lock: str, postgres: Postgres, service: Service) -> None:
-    task = only_task(service, postgres)
+def test_a_change_that_waits_for_a_lock_gets_a_503_and_has_no_effect(
+    lock: str, postgres: Postgres, service: Service
+) -> None:
+    task = create_only_task(service, postgres)
     with psycopg.connect(postgres.conninfo) as db:
         db.execute(lock.encode())
         for kind in WRITES:
-            assert_problem(write(service, task, kind), 503, "database_unavailable")
-    assert slowest(service) < 1
+            assert_problem(change(service, task, kind), 503, "database_unavailable")
+    assert slowest_503(service) < 1
     assert_unchanged(service, postgres, task)
-    assert write(service, task, "toggle").status_code == httpx.codes.OK
+    assert change(service, task, "toggle").status_code == httpx.codes.OK
 
 
-def test_a_long_statement_is_a_503_and_changes_nothing(postgres: Postgres, service: Service) -> None:
-    task = only_task(service, postgres)
+def test_a_long_statement_gets_a_503_and_has_no_effect(postgres: Postgres, service: Service) -> None:
+    task = create_only_task(service, postgres)
     body, key = {"title": "Buy bread"}, {"Idempotency-Key": "5f0c2a7e"}
     with slow_changes(postgres):
         for kind in WRITES:
-            assert_problem(write(service, task, kind), 503, "database_unavailable")
+            assert_problem(change(service, task, kind), 503, "database_unavailable")
         assert_problem(service.client.post("/api/tasks", json=body, headers=key), 503, "database_unavailable")
         assert_unchanged(service, postgres, task)
-    assert slowest(service) < 1
+    assert slowest_503(service) < 1
     assert service.client.post("/api/tasks", json=body, headers=key).status_code == httpx.codes.CREATED
 
 
@@ -139,8 +141,8 @@ def slow_changes(postgres: Postgres) -> Iterator[None]:
             db.execute("DROP FUNCTION sleep CASCADE")
 
 
-def test_a_server_that_is_stopped_is_a_503_until_it_goes_on(postgres: Postgres, service: Service) -> None:
-    clear(postgres)
+def test_requests_get_a_503_while_the_server_is_suspended(postgres: Postgres, service: Service) -> None:
+    delete_tasks(postgres)
     with Load(service, 50) as load:
         time.sleep(1)
         stopped = servers_in(postgres.cluster)
@@ -151,73 +153,77 @@ def test_a_server_that_is_stopped_is_a_503_until_it_goes_on(postgres: Postgres, 
             process.resume()
         wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED, timeout=5)
     assert_only_unavailable(load)
-    assert slowest(service) < 1
+    assert slowest_503(service) < 1
     assert_acknowledged_once(load.calls, postgres.conninfo)
 
 
-def test_a_frozen_network_is_a_503_until_it_thaws(far_postgres: NetworkPostgres, far_service: Service) -> None:
-    clear(far_postgres)
-    with Load(far_service, 50) as load:
+def test_requests_get_a_503_while_the_network_is_frozen(
+    network_postgres: NetworkPostgres, network_service: Service
+) -> None:
+    delete_tasks(network_postgres)
+    with Load(network_service, 50) as load:
         time.sleep(1)
-        before = backends(far_postgres)
-        far_postgres.network.freeze()
+        before = backends(network_postgres)
+        network_postgres.network.freeze()
         time.sleep(3)
-        far_postgres.network.thaw()
+        network_postgres.network.thaw()
         wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED, timeout=5)
     assert_only_unavailable(load)
     assert max(call.ended - call.started for call in load.calls) < 3
-    assert_acknowledged_once(load.calls, far_postgres.conninfo)
-    wait_until(lambda: not set(before) & set(backends(far_postgres)))
+    assert_acknowledged_once(load.calls, network_postgres.conninfo)
+    wait_until(lambda: not set(before) & set(backends(network_postgres)))
 
 
-def test_what_a_frozen_network_kept_back_is_never_done(far_postgres: NetworkPostgres, far_service: Service) -> None:
-    task = only_task(far_service, far_postgres)
-    for _ in range(8):  # on each connection, so that it is prepared there: else it is not in the first packet
-        task = write(far_service, task, "toggle").json()
-    before = backends(far_postgres)
-    far_postgres.network.freeze()
-    assert_problem(write(far_service, task, "toggle"), 503, "database_unavailable")
-    far_postgres.network.thaw()
-    wait_until(far_service.answers)
-    time.sleep(2)  # for so long the kernel sends again what was lost, unless it is told not to
-    assert_unchanged(far_service, far_postgres, task)
-    wait_until(lambda: not set(before) & set(backends(far_postgres)))
-
-
-def test_a_freeze_in_the_middle_of_a_statement_changes_nothing(
-    far_postgres: NetworkPostgres, far_service: Service
+def test_a_statement_that_a_frozen_network_has_lost_is_never_executed(
+    network_postgres: NetworkPostgres, network_service: Service
 ) -> None:
-    task = only_task(far_service, far_postgres)
-    with psycopg.connect(far_postgres.conninfo) as db, ThreadPoolExecutor() as client:
+    task = create_only_task(network_service, network_postgres)
+    for _ in range(8):  # so that each connection has prepared the statement, which is then in the first packet
+        task = change(network_service, task, "toggle").json()
+    before = backends(network_postgres)
+    network_postgres.network.freeze()
+    assert_problem(change(network_service, task, "toggle"), 503, "database_unavailable")
+    network_postgres.network.thaw()
+    wait_until(network_service.answers)
+    time.sleep(2)  # in this time the kernel would retransmit the lost packets
+    assert_unchanged(network_service, network_postgres, task)
+    wait_until(lambda: not set(before) & set(backends(network_postgres)))
+
+
+def test_a_statement_in_progress_when_the_network_freezes_has_no_effect(
+    network_postgres: NetworkPostgres, network_service: Service
+) -> None:
+    task = create_only_task(network_service, network_postgres)
+    with psycopg.connect(network_postgres.conninfo) as db, ThreadPoolExecutor() as client:
         db.execute("SELECT 1 FROM tasks FOR UPDATE")
-        answer = client.submit(write, far_service, task, "toggle")
-        wait_until(lambda: bool(backends(far_postgres, "active")))
-        before = backends(far_postgres)
-        far_postgres.network.freeze()
-        assert_problem(answer.result(), 503, "database_unavailable")
-        wait_until(lambda: not backends(far_postgres, "active"))
-    assert slowest(far_service) < 3
-    far_postgres.network.thaw()
-    wait_until(far_service.answers)
-    assert_unchanged(far_service, far_postgres, task)
-    assert write(far_service, task, "toggle").json()["version"] == 2
-    assert not {pid for pid, used in backends(far_postgres).items() if before.get(pid, used) != used}
+        response = client.submit(change, network_service, task, "toggle")
+        wait_until(lambda: bool(backends(network_postgres, "active")))
+        before = backends(network_postgres)
+        network_postgres.network.freeze()
+        assert_problem(response.result(), 503, "database_unavailable")
+        wait_until(lambda: not backends(network_postgres, "active"))
+    assert slowest_503(network_service) < 3
+    network_postgres.network.thaw()
+    wait_until(network_service.answers)
+    assert_unchanged(network_service, network_postgres, task)
+    assert change(network_service, task, "toggle").json()["version"] == 2
+    assert not {pid for pid, used in backends(network_postgres).items() if before.get(pid, used) != used}
 
 
-def test_idle_connections_that_the_network_forgets_cost_nothing(
-    far_postgres: NetworkPostgres, far_service: Service
+def test_no_request_fails_after_the_network_has_forgotten_idle_connections(
+    network_postgres: NetworkPostgres, network_service: Service
 ) -> None:
     query = "SELECT client_port FROM pg_stat_activity WHERE application_name = 'todo_api'"
-    with psycopg.connect(far_postgres.conninfo) as db:
-        far_postgres.network.forget(port for (port,) in db.execute(query))
+    with psycopg.connect(network_postgres.conninfo) as db:
+        network_postgres.network.forget(port for (port,) in db.execute(query))
     time.sleep(4)
     for _ in range(8):
-        assert far_service.client.get("/api/tasks").status_code == httpx.codes.OK
-    far_postgres.network.thaw()
+        assert network_service.client.get("/api/tasks").status_code == httpx.codes.OK
+    network_postgres.network.thaw()
 
 
 def assert_only_unavailable(load: Load) -> None:
-    """Check that what was not done was answered with a 503 that says so."""
+    """Check that there were successes and 503s, and that each 503 is the right problem."""
     assert set(load.statuses()) == {201, 503}
     for call in filter(lambda call: call.status == 503, load.calls):
         assert_unavailable(call)

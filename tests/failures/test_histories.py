@@ -1,4 +1,4 @@
-"""The check of histories: it refuses those that no order of the calls explains."""
+"""The check of histories: it accepts those that an order of the calls explains, and rejects all others."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from tests.support.histories import Absent, Call, Task, UnexplainedError, expect
 
 
 def answered(verb: str, started: float, ended: float, state: Task | Absent, **options: Any) -> Call:
-    """Make a call that is answered as if it found a task in a state."""
+    """Return a call with the response that it gets from a task in a state."""
     call = Call(verb, started, ended, 0, **options)
     status, shown, _ = expected(state, call)
     row = None
@@ -44,8 +44,10 @@ DELETED = answered("delete", 2, 3, V1)
         pytest.param([TOGGLED, answered("get", 4, 5, V1, condition=1)], id="a stale 304"),
         pytest.param([TOGGLED, answered("toggle", 2, 3, V1)], id="a lost toggle"),
         pytest.param([answered("toggle", 2, 3, V2)], id="a doubled toggle"),
-        pytest.param([UNANSWERED, answered("get", 4, 5, V3)], id="a doubled toggle without an answer"),
-        pytest.param([UNANSWERED, answered("get", 4, 5, V1), answered("get", 6, 7, V2)], id="one that comes too late"),
+        pytest.param([UNANSWERED, answered("get", 4, 5, V3)], id="a doubled toggle without a response"),
+        pytest.param(
+            [UNANSWERED, answered("get", 4, 5, V1), answered("get", 6, 7, V2)], id="a toggle that takes effect too late"
+        ),
         pytest.param(
             [answered("toggle", 2, 9, V1), answered("get", 3, 4, V2), answered("get", 5, 6, V1)],
             id="a read that goes back",
@@ -55,25 +57,25 @@ DELETED = answered("delete", 2, 3, V1)
         ),
         pytest.param(
             [answered("patch", 2, 3, V1), answered("get", 4, 5, V1._replace(version=2))],
-            id="a patch of nothing that makes a version",
+            id="a patch that changes nothing but the version",
         ),
-        pytest.param([TOGGLED, answered("toggle", 4, 5, V1, condition=1)], id="an If-Match that is not looked at"),
+        pytest.param([TOGGLED, answered("toggle", 4, 5, V1, condition=1)], id="an If-Match that is ignored"),
         pytest.param([answered("toggle", 2, 3, V2, condition=1)], id="a 412 without a reason"),
         pytest.param([replace(answered("toggle", 2, 3, V1, condition=2), version=3)], id="a 412 with a wrong ETag"),
         pytest.param([replace(TOGGLED, row=answered("get", 4, 5, V3).row)], id="an ETag of another version"),
         pytest.param([replace(TOGGLED, row={**(TOGGLED.row or {}), "id": 2})], id="a task that becomes another"),
         pytest.param([DELETED, answered("get", 4, 5, V1)], id="a task that comes back"),
         pytest.param([DELETED, answered("delete", 4, 5, V1)], id="a task that is deleted twice"),
-        pytest.param([answered("get", 2, 3, Absent.GONE)], id="a list without a task that there is"),
-        pytest.param([Call("get", 2, 3, 500)], id="a status that no call has"),
+        pytest.param([answered("get", 2, 3, Absent.GONE)], id="a list without an existing task"),
+        pytest.param([Call("get", 2, 3, 500)], id="an unexpected status"),
         pytest.param([replace(CREATED, row={**(CREATED.row or {}), "id": 2})], id="two tasks of one create"),
         pytest.param(
             [replace(TOGGLED, row={**(TOGGLED.row or {}), "updated_at": "2026-01-11T09:30:00.000001+00:00"})],
-            id="an updated_at that stands still",
+            id="an updated_at that does not increase",
         ),
     ],
 )
-def test_a_wrong_history_is_not_explained(calls: list[Call]) -> None:
+def test_an_impossible_history_is_rejected(calls: list[Call]) -> None:
     with pytest.raises(UnexplainedError):
         explain([CREATED, *calls])
 
@@ -94,12 +96,12 @@ def test_a_wrong_history_is_not_explained(calls: list[Call]) -> None:
         [replace(CREATED, status=0, row=None, version=None, latest=1), answered("get", 0, 1, Absent.NOT_YET)],
     ],
 )
-def test_a_right_history_is_explained(calls: list[Call]) -> None:
+def test_a_possible_history_is_explained(calls: list[Call]) -> None:
     assert explain([CREATED, *calls])
 
 
-def made_up(chance: random.Random, count: int) -> list[Call]:
-    """Make a history that an order explains, or nearly: some answers are those of another moment."""
+def random_history(chance: random.Random, count: int) -> list[Call]:
+    """Return a random history. Some responses are those of an earlier state, so an order explains it or nearly does."""
     state: Task | Absent = Absent.NOT_YET
     calls, states = [], [state]
     for moment in range(count):
@@ -117,19 +119,19 @@ def made_up(chance: random.Random, count: int) -> list[Call]:
 
 
 def explained_by_some_permutation(calls: Sequence[Call]) -> bool:
-    """Say whether an order explains the calls by trying all of them."""
-    answers = [call for call in calls if call.answered]
-    unanswered = [call for call in calls if not call.answered]
+    """Return whether any order explains the calls, by trying all of them."""
+    with_response = [call for call in calls if call.answered]
+    without_response = [call for call in calls if not call.answered]
     return any(
         explained_by(order)
-        for count in range(len(unanswered) + 1)
-        for taken in itertools.combinations(unanswered, count)
-        for order in itertools.permutations([*answers, *taken])
+        for count in range(len(without_response) + 1)
+        for taken in itertools.combinations(without_response, count)
+        for order in itertools.permutations([*with_response, *taken])
     )
 
 
 def explained_by(order: Sequence[Call]) -> bool:
-    """Say whether this order explains the calls."""
+    """Return whether this order explains the calls."""
     state: Task | Absent = Absent.NOT_YET
     now = -math.inf
     for call in order:
@@ -141,11 +143,11 @@ def explained_by(order: Sequence[Call]) -> bool:
     return True
 
 
-def test_the_search_says_what_trying_all_orders_says() -> None:
+def test_the_search_agrees_with_trying_all_orders() -> None:
     chance = random.Random(1)
     verdicts: Counter[bool] = Counter()
     for _ in range(1500):
-        calls = made_up(chance, chance.randint(2, 6))
+        calls = random_history(chance, chance.randint(2, 6))
         chance.shuffle(calls)
         try:
             explain(calls)

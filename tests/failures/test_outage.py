@@ -1,4 +1,4 @@
-"""The database goes away and comes back: nobody waits for it, and nothing is lost."""
+"""Outages of the database: requests get a quick 503 until it is back, and no task is lost."""
 
 import time
 from collections.abc import Iterator
@@ -33,10 +33,10 @@ def service(postgres: Postgres, tmp_path: Path) -> Iterator[Service]:
     assert running.stop() == 0
 
 
-def test_through_three_outages_every_answer_is_quick_and_no_task_is_lost_or_doubled(
+def test_three_outages_delay_no_request_and_lose_or_double_no_task(
     postgres: Postgres, service: Service, figure: Figure
 ) -> None:
-    processes = family(service)
+    processes = process_ids(service)
     with Load(service, 50) as load:
         returns = [outage(postgres, service, load) for _ in range(3)]
 
@@ -44,27 +44,27 @@ def test_through_three_outages_every_answer_is_quick_and_no_task_is_lost_or_doub
     for call in load.calls:
         if call.status != httpx.codes.CREATED:
             assert_unavailable(call)
-    # As the clients saw it: how long a request waited for a thread counts, too.
+    # Measured by the clients, so that the wait for a thread counts, too.
     slowest = max(call.ended - call.started for call in load.calls if call.status != httpx.codes.CREATED)
     recoveries = [first_success(load, returned) - returned for returned in returns]
     figure("PostgreSQL killed: slowest 503, ms", round(1000 * slowest))
-    figure("PostgreSQL back: first success after, ms", round(1000 * max(recoveries)))
+    figure("PostgreSQL restarted: first success after, ms", round(1000 * max(recoveries)))
     assert slowest < 1
     assert max(recoveries) < 1
     for returned in returns:
         later = [call.status for call in load.calls if returned + 1 < call.started < returned + 1.5]
         assert set(later) == {httpx.codes.CREATED}
     assert_acknowledged_once(load.calls, postgres.conninfo)
-    assert family(service) == processes
+    assert process_ids(service) == processes
 
 
-def family(service: Service) -> set[int]:
-    """Give the ids of a service's processes."""
+def process_ids(service: Service) -> set[int]:
+    """Return the ids of a service's processes."""
     return {child.pid for child in psutil.Process(service.process.pid).children()} | {service.process.pid}
 
 
 def outage(postgres: Postgres, service: Service, load: Load) -> float:
-    """Kill the database for a while and say when it was back."""
+    """Kill PostgreSQL, restart it after 1.5 s, and return the time when it was back."""
     time.sleep(0.5)
     postgres.kill()
     time.sleep(1.5)
@@ -77,11 +77,11 @@ def outage(postgres: Postgres, service: Service, load: Load) -> float:
 
 
 def first_success(load: Load, moment: float) -> float:
-    """Say when the first task was acknowledged after a moment."""
+    """Return the time of the first acknowledged create after a moment."""
     return min(call.ended for call in load.calls if call.status == httpx.codes.CREATED and call.ended > moment)
 
 
-def test_an_outage_is_two_lines_in_the_log(postgres: Postgres, service: Service) -> None:
+def test_an_outage_is_logged_in_two_lines(postgres: Postgres, service: Service) -> None:
     def lines() -> list[str]:
         found = [line for line in service.log().splitlines() if "todo_api.database.outage" in line or "psycopg" in line]
         return [line.partition("WARNING ")[2] for line in found]

@@ -1,4 +1,4 @@
-"""More clients than can be served at once: they wait or get a quick 503, nothing is lost, memory stays bounded."""
+"""More clients than threads: they wait or get a quick 503, no write is lost, and memory stays bounded."""
 
 import re
 import resource
@@ -24,8 +24,8 @@ MANY_TASKS = "INSERT INTO tasks (user_id, title) SELECT 'local', 'one of many' F
 LIST = b"GET /api/tasks HTTP/1.1\r\nHost: todo\r\n\r\n"
 HALF_A_HEAD = b"POST /api/tasks HTTP/1.1\r\nHo"
 HALF_A_BODY = b"POST /api/tasks HTTP/1.1\r\nHost: todo\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n{"
-LEAVING = b"GET /healthz HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n"
-# What many systems start programs with, and what the clients here need for themselves.
+CLOSING = b"GET /healthz HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n"
+# Many systems start programs with a soft limit of 1024 open files. The clients of these tests need more.
 SOFT_LIMIT = ["sh", "-c", 'ulimit -Sn "$0" && exec "$@"']
 FILES = 4096
 
@@ -40,7 +40,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 @pytest.fixture
 def url(postgres: Postgres, start: Start) -> str:
-    """Give the URL of a database without tasks."""
+    """Return the URL of a database without tasks."""
     assert start(DATABASE_URL=as_url(postgres.conninfo)).wait().stop() == 0
     with psycopg.connect(postgres.conninfo) as db:
         db.execute("DELETE FROM tasks")
@@ -49,7 +49,7 @@ def url(postgres: Postgres, start: Start) -> str:
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """Let this process open as many files as it needs for its clients."""
+    """Raise the limit of open files of this process, for its clients."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, FILES), hard))
     yield
@@ -57,7 +57,7 @@ def many_files() -> Iterator[None]:
 
 
 def connect(service: Service, count: int, data: bytes = b"", *, window: int = 0) -> ExitStack:
-    """Open connections and send the same on each; with a window the client's side holds only so many bytes."""
+    """Open connections and send the same data on each. ``window`` is the size of the receive buffers in bytes."""
     with ExitStack() as stack:
         for _ in range(count):
             client = stack.enter_context(socket.socket())
@@ -69,8 +69,8 @@ def connect(service: Service, count: int, data: bytes = b"", *, window: int = 0)
         return stack.pop_all()
 
 
-def peaks(service: Service) -> list[int]:
-    """Give the most memory that each worker ever had, in KiB."""
+def peak_memory(service: Service) -> list[int]:
+    """Return the peak memory of each worker, in KiB."""
     statuses = [Path(f"/proc/{worker.pid}/status").read_text(encoding="ascii") for worker in workers(service)]
     return [int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) for status in statuses]
 
@@ -84,17 +84,17 @@ def test_500_clients_lose_no_write_and_need_little_memory(
         db.execute(MANY_TASKS)
     wait_until(lambda: len(workers(service)) == processes)
     service.client.get("/api/tasks")
-    before = max(peaks(service))
+    before = max(peak_memory(service))
     with Crowd(service, 500, ("create",) * 30 + ("toggle", "get") * 10 + ("list",)) as crowd:
         time.sleep(6)
-    grown = (max(peaks(service)) - before) // 1024
-    figure(f"500 clients, {processes} workers: answers", str(dict(crowd.statuses())))
-    figure(f"500 clients, {processes} workers: a worker grows by at most, MiB", grown)
+    growth = (max(peak_memory(service)) - before) // 1024
+    figure(f"500 clients, {processes} workers: responses by status", str(dict(crowd.statuses())))
+    figure(f"500 clients, {processes} workers: growth of a worker, MiB", growth)
     assert set(crowd.outcomes()) == {"answered"}
     assert set(crowd.statuses()) <= {200, 201, 503}
-    assert crowd.statuses()[503] < len(crowd.exchanges) / 100  # where a busy machine lets a statement time out
+    assert crowd.statuses()[503] < len(crowd.exchanges) / 100  # a busy machine may let a statement time out
     assert all(float(took) < 1000 for took in re.findall(r" 503 ([\d.]+)ms ", service.log()))
-    assert grown < 100
+    assert growth < 100
     with psycopg.connect(postgres.conninfo) as db:
         db.execute("DELETE FROM tasks WHERE title = 'one of many'")
     crowd.assert_nothing_lost(postgres.conninfo)
@@ -102,26 +102,26 @@ def test_500_clients_lose_no_write_and_need_little_memory(
 
 
 @pytest.mark.long
-def test_500_lists_of_10_000_tasks_at_once_need_the_memory_of_a_few(
+def test_500_concurrent_lists_of_10_000_tasks_need_little_memory(
     url: str, postgres: Postgres, start: Start, figure: Figure
 ) -> None:
     service = start(DATABASE_URL=url).wait()
     with psycopg.connect(postgres.conninfo) as db:
         db.execute(MANY_TASKS)
     service.client.get("/api/tasks")
-    before = max(peaks(service))
+    before = max(peak_memory(service))
     with connect(service, 250, LIST, window=4096), Crowd(service, 250, ("list",)) as crowd:
         wait_until(lambda: crowd.statuses()[200] >= 250)
-    grown = (max(peaks(service)) - before) // 1024
-    figure("500 lists of 10 000 tasks, half of them not read: a worker grows by at most, MiB", grown)
+    growth = (max(peak_memory(service)) - before) // 1024
+    figure("500 lists of 10 000 tasks, half of them not read: growth of a worker, MiB", growth)
     assert set(crowd.outcomes()) == {"answered"}
     assert set(crowd.statuses()) <= {200, 503}
-    assert grown < 100
+    assert growth < 100
     wait_until(service.answers)
     assert service.stop() == 0
 
 
-def test_1500_clients_fit_where_the_limit_of_open_files_is_1024(
+def test_1500_clients_are_served_with_a_soft_limit_of_1024_open_files(
     many_files: None, url: str, postgres: Postgres, start: Start
 ) -> None:
     service = start(DATABASE_URL=url, WEB_THREADS=16, prefix=[*SOFT_LIMIT, "1024"]).wait()
@@ -135,14 +135,14 @@ def test_1500_clients_fit_where_the_limit_of_open_files_is_1024(
     wait_until(lambda: not service.answers())
     with connect(service, 1500, b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n"):
         wait_until(lambda: worker.num_fds() > 1500)
-        postgres.start()  # the service's connections now have higher numbers than select() knows
+        postgres.start()  # new connections to it get file descriptors that select() does not support
         wait_until(service.answers)
         assert {service.client.get("/api/tasks?limit=1").status_code for _ in range(50)} == {200}
     assert workers(service) == [worker]
     assert service.stop() == 0
 
 
-def test_a_low_limit_that_cannot_be_raised_makes_clients_wait_and_kills_nobody(
+def test_a_low_hard_limit_of_open_files_makes_clients_wait_and_ends_no_worker(
     url: str, postgres: Postgres, start: Start
 ) -> None:
     limit = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', "256"]
@@ -158,20 +158,22 @@ def test_a_low_limit_that_cannot_be_raised_makes_clients_wait_and_kills_nobody(
     crowd.assert_nothing_lost(postgres.conninfo)
 
 
-@pytest.mark.parametrize("left", [HALF_A_HEAD, HALF_A_BODY, LIST * 8])
+@pytest.mark.parametrize("data", [HALF_A_HEAD, HALF_A_BODY, LIST * 8])
 @pytest.mark.long
-def test_clients_that_halt_hold_no_thread_for_ever(left: bytes, url: str, postgres: Postgres, start: Start) -> None:
+def test_clients_that_stop_sending_or_reading_do_not_block_threads_forever(
+    data: bytes, url: str, postgres: Postgres, start: Start
+) -> None:
     service = start(DATABASE_URL=url).wait()
     with psycopg.connect(postgres.conninfo) as db:
         db.execute(MANY_TASKS)
-    with connect(service, 4, left, window=4096):
+    with connect(service, 4, data, window=4096):
         time.sleep(1)
         assert service.client.get("/healthz", timeout=60).status_code == httpx.codes.OK
 
 
-def test_clients_that_are_slow_to_close_keep_nobody_waiting(url: str, start: Start) -> None:
+def test_clients_that_are_slow_to_close_do_not_delay_others(url: str, start: Start) -> None:
     service = start(DATABASE_URL=url).wait()
-    with connect(service, 30, LEAVING):  # gunicorn's own worker waits 2 s for each, one after the other
+    with connect(service, 30, CLOSING):  # gunicorn's own worker waits up to 2 s for each, in turn
         moment = time.monotonic()
         for _ in range(10):
             assert httpx.get(f"{service.url}/healthz", timeout=60, verify=False).status_code == httpx.codes.OK
@@ -180,16 +182,16 @@ def test_clients_that_are_slow_to_close_keep_nobody_waiting(url: str, start: Sta
 
 
 @pytest.mark.long
-def test_clients_that_never_ask_do_not_delay_a_stop(url: str, start: Start) -> None:
+def test_connections_without_requests_do_not_delay_a_stop(url: str, start: Start) -> None:
     service = start(DATABASE_URL=url).wait()
     with connect(service, 3):
-        time.sleep(6)  # by then gunicorn no longer waits in a thread for each
+        time.sleep(6)  # by then no thread of gunicorn waits for these connections
         moment = time.monotonic()
         assert service.stop() == 0
-    assert time.monotonic() - moment < 8  # graceful_timeout is 10
+    assert time.monotonic() - moment < 8  # less than the graceful_timeout of 10 s
 
 
-def test_while_postgresql_is_out_of_connections_requests_get_a_quick_503(
+def test_requests_get_a_quick_503_while_postgresql_is_out_of_connections(
     url: str, postgres: Postgres, start: Start
 ) -> None:
     service = start(DATABASE_URL=url).wait()
@@ -207,7 +209,7 @@ def test_while_postgresql_is_out_of_connections_requests_get_a_quick_503(
     assert max(float(took) for took in re.findall(r" 503 ([\d.]+)ms ", service.log())) < 1000
     wait_until(service.answers)
     with Load(service, 8) as load:
-        wait_until(lambda: connections(postgres) == 4)  # as many as before
+        wait_until(lambda: connections(postgres) == 4)  # one per thread, as before
     assert set(load.statuses()) == {201}
     assert service.stop() == 0
 

@@ -1,4 +1,4 @@
-"""Behind PgBouncer in transaction mode, with DATABASE_POOLER=true: everything works, and no wait is long."""
+"""The service behind PgBouncer in transaction mode, with DATABASE_POOLER=true: all calls work, 503s are quick."""
 
 import re
 import signal
@@ -23,7 +23,7 @@ from tests.support.problems import assert_problem
 from tests.support.processes import wait_until
 from tests.support.service import Service
 
-# What PgBouncer itself sets on a server's connection, for each client what that asked for.
+# The settings that PgBouncer sets on a server's connection, to the values of the current client.
 PGBOUNCERS_OWN = {"application_name", "client_encoding", "DateStyle", "standard_conforming_strings", "TimeZone"}
 
 
@@ -38,47 +38,47 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 @pytest.fixture
 def bouncer(postgres: Postgres) -> Iterator[PgBouncer]:
-    """Run a PgBouncer in front of it, which has two connections to it for eight clients."""
+    """Run a PgBouncer in front of it, with two connections to it for eight clients."""
     with pgbouncer.running(postgres.conninfo, default_pool_size=2) as running:
         yield running
 
 
 @pytest.fixture
 def service(postgres: Postgres, bouncer: PgBouncer, start: Start) -> Service:
-    """Run a service of two workers behind that, on a database without tasks."""
+    """Run a service of two workers behind the PgBouncer, on a database without tasks."""
     running = start(DATABASE_URL=url(bouncer, postgres), DATABASE_POOLER=True, WEB_CONCURRENCY=2).wait()
     query(postgres, "DELETE FROM tasks")
     return running
 
 
 def url(bouncer: PgBouncer, postgres: Postgres) -> str:
-    """Give the URL of a PostgreSQL by way of a PgBouncer."""
+    """Return the URL that reaches a PostgreSQL through a PgBouncer."""
     return as_url(bouncer.in_front_of(postgres.conninfo))
 
 
 def query(postgres: Postgres, sql: str, database: str = "postgres") -> list[tuple[Any, ...]]:
-    """Run a statement of the test's own, not by way of the pooler, and give its rows."""
+    """Run a statement on PostgreSQL, not through the pooler, and return its rows."""
     with psycopg.connect(postgres.conninfo, dbname=database, autocommit=True) as db:
         cursor = db.execute(sql.encode())
         return cursor.fetchall() if cursor.description else []
 
 
 def use_every_call(client: httpx.Client, number: int) -> httpx.Response:
-    """Create a task, do all there is to do with it, and give the last answer."""
+    """Create a task, make every other call with it, and return the last response."""
     created = client.post("/api/tasks", json={"title": f"number {number}."})
     assert created.status_code == httpx.codes.CREATED
     path = f"/api/tasks/{created.json()['id']}"
-    answers = [
+    responses = [
         client.get(path),
         client.get("/api/tasks", params={"q": f"number {number}."}),
         client.patch(path, json={"description": "changed"}),
         client.post(f"{path}/toggle"),
         client.delete(path),
     ]
-    assert {answer.status_code for answer in answers} == {200}
-    assert answers[1].json() == [created.json()]
-    assert {"completed": True, "version": 3, "description": "changed"}.items() <= answers[-1].json().items()
-    return answers[-1]
+    assert {response.status_code for response in responses} == {200}
+    assert responses[1].json() == [created.json()]
+    assert {"completed": True, "version": 3, "description": "changed"}.items() <= responses[-1].json().items()
+    return responses[-1]
 
 
 def test_every_call_works_while_eight_clients_share_two_connections(
@@ -90,13 +90,13 @@ def test_every_call_works_while_eight_clients_share_two_connections(
     assert service.client.get("/api/tasks").json() == []
 
 
-def test_nothing_of_its_sessions_is_left_for_other_clients(postgres: Postgres, start: Start) -> None:
+def test_no_session_state_is_left_for_other_clients(postgres: Postgres, start: Start) -> None:
     with pgbouncer.running(postgres.conninfo, default_pool_size=1) as bouncer:
         service = start(DATABASE_URL=url(bouncer, postgres), DATABASE_POOLER=True).wait()
         at_once(service, 10, use_every_call)
         pid = query(postgres, "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api'")
         with psycopg.connect(bouncer.in_front_of(postgres.conninfo), autocommit=True, prepare_threshold=None) as other:
-            assert [other.execute("SELECT pg_backend_pid()").fetchone()] == pid  # the one that the service used
+            assert [other.execute("SELECT pg_backend_pid()").fetchone()] == pid  # the connection that the service used
             assert other.execute("SELECT name, statement FROM pg_prepared_statements").fetchall() == []
             assert other.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'").fetchall() == []
             settings = other.execute("SELECT name FROM pg_settings WHERE source IN ('session', 'client')").fetchall()
@@ -107,14 +107,14 @@ def test_nothing_of_its_sessions_is_left_for_other_clients(postgres: Postgres, s
 Break = Callable[[PgBouncer, Postgres], object]
 TERMINATE = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'todo_api'"
 OUTAGES: dict[str, tuple[Break, Break]] = {
-    "connections that end": (lambda _, server: query(server, TERMINATE), lambda _, server: query(server, TERMINATE)),
+    "connections terminated": (lambda _, server: query(server, TERMINATE), lambda _, server: query(server, TERMINATE)),
     "PgBouncer killed": (lambda pooler, _: pooler.kill(), lambda pooler, _: pooler.start()),
     "PostgreSQL killed": (lambda _, server: server.kill(), lambda _, server: server.start()),
     "PgBouncer frozen": (
         lambda pooler, _: pooler.process.send_signal(signal.SIGSTOP),
         lambda pooler, _: pooler.process.send_signal(signal.SIGCONT),
     ),
-    "PgBouncer that lets everybody wait": (
+    "PgBouncer paused": (
         lambda pooler, _: pooler.console("PAUSE"),
         lambda pooler, _: pooler.console("RESUME"),
     ),
@@ -125,38 +125,38 @@ LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in OUTAGES if not ki
 
 
 @pytest.mark.parametrize("kind", ["PgBouncer killed", "PostgreSQL killed", *LONG])
-def test_an_outage_makes_nobody_wait_and_loses_nothing(
+def test_requests_get_a_quick_503_during_an_outage_and_no_task_is_lost(
     kind: str, service: Service, bouncer: PgBouncer, postgres: Postgres, figure: Figure
 ) -> None:
     away, back = OUTAGES[kind]
     with Load(service, 40) as load:
         time.sleep(0.5)
         away(bouncer, postgres)
-        known = time.monotonic() + 1.5
+        noticed = time.monotonic() + 1.5
         time.sleep(4)
         back(bouncer, postgres)
-        wait_until(lambda: reaches(bouncer, postgres))
+        wait_until(lambda: can_connect(bouncer, postgres))
         returned = time.monotonic()
         wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
         time.sleep(0.5)
 
     assert set(load.statuses()) <= {201, 503}
     refused = [float(took) / 1000 for took in re.findall(r" 503 ([\d.]+)ms ", service.log())]
-    # As a client sees it, with all the others in the queue, once the outage is known: most, on a busy machine.
-    late = median(call.ended - call.started for call in load.calls if known < call.started < known + 1)
+    # Measured by the clients, with the wait for a thread, after the outage is noticed. The median suits a busy machine.
+    typical = median(call.ended - call.started for call in load.calls if noticed < call.started < noticed + 1)
     served = min(call.ended for call in load.calls if call.status == httpx.codes.CREATED and call.ended > returned)
     figure(f"behind PgBouncer, {kind}: slowest 503 (s)", max(refused, default=0))
-    figure(f"behind PgBouncer, {kind}: answer for most clients (s)", round(late, 2))
-    figure(f"behind PgBouncer, {kind}: served again after (s)", round(served - returned, 2))
+    figure(f"behind PgBouncer, {kind}: median response, as clients see it (s)", round(typical, 2))
+    figure(f"behind PgBouncer, {kind}: first success after (s)", round(served - returned, 2))
     assert max(refused, default=0) < 1
-    assert late < 1
+    assert typical < 1
     assert served - returned < 1
     assert_acknowledged_once(load.calls, postgres.conninfo)
     assert "Traceback" not in service.log()
 
 
-def reaches(bouncer: PgBouncer, postgres: Postgres) -> bool:
-    """Say whether a PgBouncer has a connection to PostgreSQL, or gets one."""
+def can_connect(bouncer: PgBouncer, postgres: Postgres) -> bool:
+    """Return whether a PgBouncer has or gets a connection to PostgreSQL."""
     try:
         with psycopg.connect(bouncer.in_front_of(postgres.conninfo)) as db:
             db.execute("SELECT 1")
@@ -171,7 +171,7 @@ SLOW = """
 """
 
 
-def test_a_locked_task_is_a_503_and_stays_as_it_is(service: Service, postgres: Postgres) -> None:
+def test_a_change_of_a_locked_task_gets_a_503_and_has_no_effect(service: Service, postgres: Postgres) -> None:
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     with psycopg.connect(postgres.conninfo) as db:
         db.execute("SELECT 1 FROM tasks FOR UPDATE")
@@ -180,7 +180,7 @@ def test_a_locked_task_is_a_503_and_stays_as_it_is(service: Service, postgres: P
     assert service.client.post(f"/api/tasks/{task['id']}/toggle").status_code == httpx.codes.OK
 
 
-def test_a_long_statement_is_a_503_and_changes_nothing(service: Service, postgres: Postgres) -> None:
+def test_a_long_statement_gets_a_503_and_has_no_effect(service: Service, postgres: Postgres) -> None:
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     query(postgres, SLOW)
     assert_undone(service, postgres, task)
@@ -189,7 +189,7 @@ def test_a_long_statement_is_a_503_and_changes_nothing(service: Service, postgre
 
 
 def assert_undone(service: Service, postgres: Postgres, task: dict[str, Any]) -> None:
-    """Check that a toggle that can't be done in time is given up by the service and, soon after, by PostgreSQL."""
+    """Check that a toggle gets a quick 503, and that PostgreSQL soon cancels its statement."""
     assert_problem(service.client.post(f"/api/tasks/{task['id']}/toggle"), 503, "database_unavailable")
     at_work = "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api' AND state <> 'idle'"
     wait_until(lambda: query(postgres, at_work) == [], timeout=1)
@@ -197,7 +197,7 @@ def assert_undone(service: Service, postgres: Postgres, task: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("settings", [{}, {"ignore_startup_parameters": "options"}], ids=str)
-def test_without_its_setting_the_start_ends_with_one_line_that_names_it(
+def test_without_database_pooler_the_start_stops_with_one_line_that_names_it(
     settings: dict[str, str], postgres: Postgres, start: Start
 ) -> None:
     with pgbouncer.running(postgres.conninfo, **settings) as bouncer:
@@ -206,8 +206,8 @@ def test_without_its_setting_the_start_ends_with_one_line_that_names_it(
     assert re.fullmatch("todo_api: .*DATABASE_POOLER=true.*\n", refused.log())
 
 
-def test_migrations_are_applied_at_their_own_url(postgres: Postgres, start: Start) -> None:
-    query(postgres, "CREATE ROLE app LOGIN")  # which may create no table
+def test_migrations_are_applied_through_migration_database_url(postgres: Postgres, start: Start) -> None:
+    query(postgres, "CREATE ROLE app LOGIN")  # it may not create tables
     query(postgres, "CREATE DATABASE shop")
     query(postgres, "ALTER DEFAULT PRIVILEGES GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO app", "shop")
     direct = make_conninfo(postgres.conninfo, dbname="shop")

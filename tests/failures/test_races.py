@@ -1,4 +1,4 @@
-"""The truth under concurrency: some order of all calls explains every answer, while connections are cut."""
+"""Concurrent clients: some order of all calls explains every response, even while connections are cut."""
 
 import os
 import random
@@ -41,14 +41,14 @@ def service(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def disturb(race: Race, postgres: Postgres, seconds: float) -> None:
-    """Cut the service's connections again and again; halfway crash PostgreSQL, and later kill a worker."""
+    """Terminate the service's connections repeatedly. Halfway, crash PostgreSQL and then kill a worker."""
     chance = random.Random(race.seed)
     begun = time.monotonic()
     events = [crash, kill_a_worker]
     while (passed := time.monotonic() - begun) < seconds:
         with psycopg.connect(postgres.conninfo, autocommit=True) as db:
             if chance.random() < 0.7:
-                withhold_answers(db, chance.uniform(0.02, 0.1))
+                delay_commits(db, chance.uniform(0.02, 0.1))
             db.execute(CUT)
             db.execute("ALTER SYSTEM RESET synchronous_standby_names")
             db.execute("SELECT pg_reload_conf()")
@@ -57,15 +57,15 @@ def disturb(race: Race, postgres: Postgres, seconds: float) -> None:
         time.sleep(chance.uniform(0.02, 0.3))
 
 
-def withhold_answers(db: psycopg.Connection[TupleRow], seconds: float) -> None:
-    """Let commits wait for a standby that is not there: those cut meanwhile have their effect, and nobody is told."""
+def delay_commits(db: psycopg.Connection[TupleRow], seconds: float) -> None:
+    """Make commits wait for a missing standby, so that some take effect although their connection is cut."""
     db.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
     db.execute("SELECT pg_reload_conf()")
     time.sleep(seconds)
 
 
 def crash(race: Race, postgres: Postgres) -> None:
-    """End PostgreSQL as a crash does, and start it again."""
+    """End PostgreSQL as a crash does, and restart it."""
     race.crashing.set()
     postgres.kill()
     race.crashing.clear()
@@ -73,15 +73,15 @@ def crash(race: Race, postgres: Postgres) -> None:
 
 
 def kill_a_worker(race: Race, _: Postgres) -> None:
-    """SIGKILL one of the service's workers."""
+    """Kill one of the service's workers."""
     psutil.Process(race.service.process.pid).children()[0].kill()
 
 
-def check(service: Service, postgres: Postgres, seed: str, seconds: float) -> str:
-    """Race with a seed, explain what became of each task, and sum it up.
+def explain_race(service: Service, postgres: Postgres, seed: str, seconds: float) -> str:
+    """Run a race with a seed, check that an order explains each task's history, and return a summary.
 
     Raises:
-        UnexplainedError: HISTORIES_SEED repeats the choices of the clients, though not how they interleave.
+        UnexplainedError: no order explains a history. HISTORIES_SEED repeats the clients' choices, but not the timing.
 
     """
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
@@ -95,23 +95,23 @@ def check(service: Service, postgres: Postgres, seed: str, seconds: float) -> st
         raise
     lost = sum(not call.answered for _, call in race.calls)
     effective = sum(not call.answered for call in order)
-    assert effective, "no connection was cut at the moment that matters"
+    assert effective, "no call without a response took effect, so the race has tested nothing"
     return (
-        f"{len(race.calls)} calls on {len(histories)} tasks; {lost} without an answer, {effective} of them with effect"
+        f"{len(race.calls)} calls on {len(histories)} tasks; {lost} without a response, {effective} of them took effect"
     )
 
 
 @pytest.mark.parametrize("seed", SEEDS or ["1", "2"])
-def test_every_answer_is_explained_while_connections_are_cut(
+def test_an_order_explains_every_response_while_connections_are_cut(
     service: Service, postgres: Postgres, seed: str, figure: Figure
 ) -> None:
-    figure(f"histories, HISTORIES_SEED={seed}", check(service, postgres, seed, 4))
+    figure(f"histories, HISTORIES_SEED={seed}", explain_race(service, postgres, seed, 4))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(6))
-def test_every_answer_of_two_minutes_is_explained(
+def test_an_order_explains_every_response_in_longer_races(
     service: Service, postgres: Postgres, number: int, figure: Figure
 ) -> None:
     seed = SEEDS[0] if SEEDS else uuid.uuid4().hex[:8]
-    figure(f"histories, HISTORIES_SEED={seed}", check(service, postgres, seed, 20))
+    figure(f"histories, HISTORIES_SEED={seed}", explain_race(service, postgres, seed, 20))
