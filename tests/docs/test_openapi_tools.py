@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,10 @@ def test_the_generated_python_client_has_a_method_for_each_call(generated: Gener
 
 
 def test_the_generated_python_client_creates_lists_and_gets(generated: Generated) -> None:
-    body = generated.models.NewTask(title="Buy milk", description=None)
-    created = generated.call("create_task", body=body, idempotency_key="once")
+    body, key = generated.models.NewTask(title="Buy milk", description=None), uuid.uuid4().hex
+    created = generated.call("create_task", body=body, idempotency_key=key)
     assert (created.status_code, created.parsed.title, created.parsed.description) == (201, "Buy milk", None)
-    assert generated.call("create_task", body=body, idempotency_key="once").parsed == created.parsed
+    assert generated.call("create_task", body=body, idempotency_key=key).parsed == created.parsed
     listed = generated.call("list_tasks", limit=1, completed=False, q="MILK")
     assert listed.parsed == [created.parsed]
     found = generated.call("get_task", task_id=created.parsed.id)
