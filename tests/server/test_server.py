@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import median
 
 import httpx
 import pytest
@@ -108,7 +109,7 @@ def test_a_port_in_use_gets_one_line_whoever_has_it(tmp_path: Path, data_dir: Pa
 def test_a_service_that_was_killed_can_be_started_again_at_once(data_dir: Path, start: Start) -> None:
     killed = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     killed.stop(signal.SIGKILL)  # the workers need a moment to notice, and hold the port until then
-    assert start(DATA_DIR=data_dir, PORT=killed.port).wait().answers()
+    wait_until(start(DATA_DIR=data_dir, PORT=killed.port).serves)
 
 
 def test_workers_whose_master_is_gone_say_goodbye_to_clients_that_ask_on(data_dir: Path, start: Start) -> None:
@@ -116,7 +117,7 @@ def test_workers_whose_master_is_gone_say_goodbye_to_clients_that_ask_on(data_di
     with httpx.Client(base_url=service.url) as asking:
         assert asking.get("/healthz").headers["Connection"] == "keep-alive"
         service.process.kill()
-        wait_until(lambda: asking.get("/healthz").headers["Connection"] == "close", timeout=5)
+        wait_until(lambda: asking.get("/healthz").headers["Connection"] == "close")
 
 
 def test_a_stop_waits_for_no_thread_that_has_nothing_to_do(data_dir: Path, start: Start) -> None:
@@ -128,8 +129,12 @@ def test_a_stop_waits_for_no_thread_that_has_nothing_to_do(data_dir: Path, start
 def test_clients_that_come_at_once_are_shared_out_among_the_workers(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2 and min(shares(service)) > 0)  # both are ready
-    for _ in range(4):
-        assert min(seen := shares(service)) >= CLIENTS / 8, seen
+    seen = []
+    for _ in range(30):
+        seen.append(shares(service))
+        time.sleep(0.05)
+    # In most of them: where others keep the processors busy, one of the workers may not have its turn in time.
+    assert median(map(min, seen)) >= CLIENTS / 8, seen
 
 
 def shares(service: Service) -> list[int]:
@@ -150,7 +155,7 @@ def test_clients_that_connect_and_are_silent_keep_nobody_waiting(data_dir: Path,
         for _ in range(5):
             silent.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
         time.sleep(0.1)  # for the worker to take them
-        assert httpx.get(f"{service.url}/healthz", timeout=3).is_success
+        assert httpx.get(f"{service.url}/healthz", timeout=10).is_success  # each of them would have kept it for 5 s
 
 
 def test_a_client_that_asks_without_a_pause_keeps_nobody_waiting(data_dir: Path, start: Start) -> None:
@@ -296,9 +301,8 @@ def test_gunicorn_with_settings_of_ones_own_answers_with_problems_only(data_dir:
 def test_it_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
     path = tmp_path / "socket"
     service = start(command=[sys.executable, "wsgi.py", "--bind", f"unix:{path}"], DATA_DIR=data_dir)
-    wait_until(path.exists)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as client:
-        assert client.get("/readyz").status_code == httpx.codes.OK
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as service.client:
+        assert service.wait().answers()
     assert service.stop() == 0
 
 
