@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import httpx
 import psutil
@@ -18,6 +19,7 @@ import pytest
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Call, Load, assert_acknowledged_once, assert_unavailable, create
 from tests.support.optional_tools import program
+from tests.support.problems import assert_quick
 from tests.support.processes import free_port, postmaster_in, postmasters_in, servers_in, wait_until
 from tests.support.service import Service, workers
 
@@ -27,9 +29,9 @@ def conninfo(host: Path, user: str = "todo") -> str:
     return f"host={host} port=5432 user={user} dbname=todo"
 
 
-def serves(service: Service) -> bool:
-    """Return whether this service responds, and not the workers of a killed master that still have the port."""
-    return "serving http" in service.log() and service.answers()
+def has_settled(service: Service) -> bool:
+    """Return whether a service responds, or has ended: a kill during its start may have ended it."""
+    return service.process.poll() is not None or service.answers()
 
 
 def kill_master(service: Service, _: Path) -> None:
@@ -85,16 +87,15 @@ def test_every_task_survives_a_kill_of_any_process_at_any_moment(
         with Load(service, 4) as load:
             time.sleep(chance.uniform(0.1, 1.5))
             kill(service, data_dir)
-            if service.process.poll() is None:
-                wait_until(service.answers)  # it recovers without a restart
-                time.sleep(0.3)
+            wait_until(partial(has_settled, service))  # without a restart of the service
+            time.sleep(0.3)
         calls += load.calls
         assert set(load.statuses()) <= {0, 201, 503}
         assert "Traceback" not in service.log()
         if service.process.poll() is None:
             service.kill()
         again = start(DATA_DIR=data_dir, PORT=port, WEB_CONCURRENCY=2)
-        wait_until(partial(serves, again))
+        wait_until(again.serves)
         assert_acknowledged_once(calls, conninfo(data_dir / "postgres"))
         assert again.stop() == 0
         assert servers_in(data_dir) == []
@@ -117,7 +118,8 @@ def test_two_services_restart_one_server_and_it_survives_the_service_that_starte
             starter, survivor, survivors_load = second, first, load
         before = len(survivors_load.calls)
         starter.kill()
-        time.sleep(1.5)
+        time.sleep(1)
+        wait_until(lambda: len(survivors_load.calls) > before + 100)
     assert {call.status for call in survivors_load.calls[before:]} == {201}
     assert set(survivors_load.statuses()) <= {201, 503}
     assert_acknowledged_once(load.calls + other_load.calls, conninfo(tmp_path / "data" / "postgres"))
@@ -131,12 +133,13 @@ def is_gone(server: psutil.Process, folder: Path) -> bool:
     return server not in servers_in(folder)
 
 
-def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, start: Start) -> None:
+def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, start: Start, figure: Figure) -> None:
     service = start(DATA_DIR=tmp_path / "data").wait()
     postmaster_in(tmp_path).suspend()  # first, so that it starts no other processes
     hanging = servers_in(tmp_path)
     for process in hanging:
-        process.suspend()
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
     delays = []
     with Load(service, 4) as load:
         until = time.monotonic() + 5
@@ -145,11 +148,13 @@ def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, s
             delays.append(time.monotonic() - began)
             time.sleep(0.02)
     for process in hanging:
-        process.resume()
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
     wait_until(service.answers)
     assert set(load.statuses()) == {503}
-    assert max(map(float, re.findall(r" 503 ([\d.]+)ms ", service.log()))) < 1000
-    assert max(delays) < 1
+    assert_quick(service)
+    figure("PostgreSQL hangs: slowest /healthz, ms", round(1000 * max(delays)))
+    assert median(delays) < 0.5
     assert service.stop() == 0
 
 
@@ -200,12 +205,12 @@ def test_requests_get_a_503_while_the_disk_is_full(failure: str, tmp_path: Path,
         time.sleep(2)
         full = load.calls[-8:]
         (disk / "filler").unlink()
-        wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
+        load.first_success(time.monotonic())
         time.sleep(0.5)
     for call in [call for call in full if call.status != httpx.codes.CREATED]:
         assert_unavailable(call)
-    assert set(load.statuses()) <= {201, 503}
-    assert max(map(float, re.findall(r" 503 ([\d.]+)ms ", service.log()))) < 1000
+    assert set(load.statuses()) == {201, 503}
+    assert_quick(service)
     assert "Traceback" not in service.log()
     assert_acknowledged_once(load.calls, conninfo(server))
     os.close(folder_fd)

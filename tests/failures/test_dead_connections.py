@@ -124,6 +124,7 @@ def test_a_request_is_one_round_trip_to_the_database(postgres: Postgres, tmp_pat
     url = as_url(f"host={folder} port=5432 user=postgres dbname=postgres")
     service = start(DATABASE_URL=url).wait()
     path = f"/api/tasks/{service.client.post('/api/tasks', json={'title': 'Buy milk'}).json()['id']}"
+    wait_until(lambda: connections(postgres) == 4)
     for _ in range(20):  # until each connection has prepared the statement
         service.client.get(path)
     before = relay.round_trips

@@ -1,6 +1,5 @@
 """Failover: the service follows to the promoted standby without a restart, and no acknowledged task is lost."""
 
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ import pytest
 
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Load, assert_acknowledged_once, assert_unavailable
+from tests.support.problems import assert_quick
 from tests.support.processes import servers_in, wait_until
 from tests.support.replica import Pair
 from tests.support.service import Service
 
-LIMIT = 3  # seconds from the promotion to the first success
+LIMIT = 3  # seconds from the promotion to the first success, as clients count them
 
 
 @pytest.fixture
@@ -40,14 +40,9 @@ def promote(pair: Pair, load: Load) -> float:
     requested = time.monotonic()
     pair.standby.promote()
     pair.swap()
-
-    def done() -> list[float]:
-        return [
-            call.ended for call in list(load.calls) if call.status == httpx.codes.CREATED and call.started > requested
-        ]
-
-    wait_until(lambda: bool(done()), timeout=20)
-    return min(done()) - requested
+    took = load.first_success(requested)
+    assert load.in_vain(requested) < LIMIT
+    return took
 
 
 def assert_problems(load: Load) -> None:
@@ -61,12 +56,7 @@ def assert_problems(load: Load) -> None:
 def assert_quick_problems(load: Load, service: Service) -> None:
     """Check the same, and that the service took less than a second for each 503."""
     assert_problems(load)
-    assert max(problem_times(service)) < 1000
-
-
-def problem_times(service: Service) -> list[float]:
-    """Return the milliseconds that each 503 took, as the service logged them."""
-    return [float(found) for found in re.findall(r" 503 ([\d.]+)ms ", service.log())]
+    assert_quick(service)
 
 
 @pytest.mark.parametrize("network", [True, pytest.param(False, marks=pytest.mark.long)], ids=["ports", "sockets"])
@@ -88,7 +78,6 @@ def test_the_service_follows_two_failovers_of_killed_primaries(
     figure("primary killed, standby promoted: first success after, ms", round(1000 * max(first_delay, second_delay)))
     assert_quick_problems(load, service)
     assert_acknowledged_once(load.calls, pair.primary.conninfo)
-    assert max(first_delay, second_delay) < LIMIT
 
 
 @pytest.mark.long
@@ -97,7 +86,7 @@ def test_the_service_follows_planned_switchovers(pair: Pair, service: Service) -
         for _ in range(2):
             time.sleep(0.5)
             pair.primary.stop()
-            assert promote(pair, load) < LIMIT
+            promote(pair, load)
             pair.standby.follow(pair.primary)
         time.sleep(0.5)
 
@@ -111,7 +100,7 @@ def test_the_service_leaves_a_primary_that_has_become_read_only(pair: Pair, serv
         pair.primary.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         pair.primary.execute("SELECT pg_reload_conf()")
         time.sleep(1)
-        assert promote(pair, load) < LIMIT
+        promote(pair, load)
         time.sleep(0.5)
 
     assert "SQLSTATE 25006" in service.log()
@@ -130,7 +119,6 @@ def test_the_service_leaves_a_frozen_primary(pair: Pair, service: Service, figur
     figure("primary frozen, standby promoted: first success after, ms", round(1000 * took))
     assert_quick_problems(load, service)
     assert_acknowledged_once(load.calls, pair.primary.conninfo)
-    assert took < LIMIT
 
 
 def test_without_the_standby_no_write_is_acknowledged_and_no_connection_stays_blocked(
@@ -144,10 +132,10 @@ def test_without_the_standby_no_write_is_acknowledged_and_no_connection_stays_bl
         assert service.client.get("/readyz").status_code == httpx.codes.OK
     # Commits wait for the standby without a limit, on connections that the service has closed.
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-    wait_until(lambda: pair.primary.execute(waiting) == 0, timeout=20)
+    wait_until(lambda: pair.primary.execute(waiting) == 0)
 
     assert service.client.post("/api/tasks", json={"title": "b"}).status_code == httpx.codes.SERVICE_UNAVAILABLE
-    assert problem_times(service)[-1] < 1000
+    assert service.took(503)[-1] < 1
     assert_problems(load)
     assert {call.status for call in load.calls if call.started > crashed} == {503}
     pair.standby.start()

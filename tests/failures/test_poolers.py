@@ -19,7 +19,7 @@ from tests.support.load import Load, assert_acknowledged_once, at_once
 from tests.support.optional_tools import program
 from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import Postgres
-from tests.support.problems import assert_problem
+from tests.support.problems import assert_problem, assert_quick
 from tests.support.processes import wait_until
 from tests.support.service import Service
 
@@ -86,7 +86,7 @@ def test_every_call_works_while_eight_clients_share_two_connections(
 ) -> None:
     assert len(at_once(service, 60, use_every_call)) == 60
     assert len(bouncer.console("SHOW SERVERS")) == 2
-    assert len([client for client in bouncer.console("SHOW CLIENTS") if "postgres" in client]) >= 8
+    wait_until(lambda: len([client for client in bouncer.console("SHOW CLIENTS") if "postgres" in client]) >= 8)
     assert service.client.get("/api/tasks").json() == []
 
 
@@ -137,20 +137,18 @@ def test_requests_get_a_quick_503_during_an_outage_and_no_task_is_lost(
         back(bouncer, postgres)
         wait_until(lambda: can_connect(bouncer, postgres))
         returned = time.monotonic()
-        wait_until(lambda: load.calls[-1].status == httpx.codes.CREATED)
+        load.first_success(returned)
         time.sleep(0.5)
 
     assert set(load.statuses()) <= {201, 503}
-    refused = [float(took) / 1000 for took in re.findall(r" 503 ([\d.]+)ms ", service.log())]
-    # Measured by the clients, with the wait for a thread, after the outage is noticed. The median suits a busy machine.
-    typical = median(call.ended - call.started for call in load.calls if noticed < call.started < noticed + 1)
-    served = min(call.ended for call in load.calls if call.status == httpx.codes.CREATED and call.ended > returned)
-    figure(f"behind PgBouncer, {kind}: slowest 503 (s)", max(refused, default=0))
-    figure(f"behind PgBouncer, {kind}: median response, as clients see it (s)", round(typical, 2))
-    figure(f"behind PgBouncer, {kind}: first success after (s)", round(served - returned, 2))
-    assert max(refused, default=0) < 1
-    assert typical < 1
-    assert served - returned < 1
+    # Measured by the clients, with the wait for a thread, after the outage is noticed.
+    waits = [call.ended - call.started for call in load.calls if noticed < call.started < noticed + 1]
+    figure(f"behind PgBouncer, {kind}: slowest 503 (s)", round(max(service.took(503), default=0), 2))
+    figure(f"behind PgBouncer, {kind}: median response, as clients see it (s)", round(median(waits), 2))
+    figure(f"behind PgBouncer, {kind}: first success after (s)", round(load.first_success(returned), 2))
+    assert_quick(service)
+    assert len(waits) > 40  # in this second each client had more than one response
+    assert load.in_vain(returned) < 1
     assert_acknowledged_once(load.calls, postgres.conninfo)
     assert "Traceback" not in service.log()
 
@@ -192,8 +190,8 @@ def assert_undone(service: Service, postgres: Postgres, task: dict[str, Any]) ->
     """Check that a toggle gets a quick 503, and that PostgreSQL soon cancels its statement."""
     assert_problem(service.client.post(f"/api/tasks/{task['id']}/toggle"), 503, "database_unavailable")
     at_work = "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api' AND state <> 'idle'"
-    wait_until(lambda: query(postgres, at_work) == [], timeout=1)
-    assert max(float(took) for took in re.findall(r" 503 ([\d.]+)ms ", service.log())) < 1000
+    wait_until(lambda: query(postgres, at_work) == [])
+    assert_quick(service)
 
 
 @pytest.mark.parametrize("settings", [{}, {"ignore_startup_parameters": "options"}], ids=str)

@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import psutil
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
@@ -16,7 +15,7 @@ from tests.support.fixtures import Figure
 from tests.support.histories import explain
 from tests.support.postgres import Postgres
 from tests.support.races import Race
-from tests.support.service import Service
+from tests.support.service import Service, workers
 
 CLIENTS = 8
 SEEDS = [os.environ["HISTORIES_SEED"]] if "HISTORIES_SEED" in os.environ else []
@@ -40,20 +39,19 @@ def service(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Ite
     assert running.stop() == 0
 
 
-def disturb(race: Race, postgres: Postgres, seconds: float) -> None:
-    """Terminate the service's connections repeatedly. Halfway, crash PostgreSQL and then kill a worker."""
+def disturb(race: Race, postgres: Postgres, cuts: int) -> None:
+    """Terminate the service's connections this many times. Halfway, crash PostgreSQL and then kill a worker."""
     chance = random.Random(race.seed)
-    begun = time.monotonic()
-    events = [crash, kill_a_worker]
-    while (passed := time.monotonic() - begun) < seconds:
+    events = {cuts // 2: crash, cuts // 2 + 1: kill_a_worker}
+    for number in range(cuts):
         with psycopg.connect(postgres.conninfo, autocommit=True) as db:
             if chance.random() < 0.7:
                 delay_commits(db, chance.uniform(0.02, 0.1))
             db.execute(CUT)
             db.execute("ALTER SYSTEM RESET synchronous_standby_names")
             db.execute("SELECT pg_reload_conf()")
-        if events and passed > seconds / 2:
-            events.pop(0)(race, postgres)
+        if number in events:
+            events[number](race, postgres)
         time.sleep(chance.uniform(0.02, 0.3))
 
 
@@ -74,10 +72,10 @@ def crash(race: Race, postgres: Postgres) -> None:
 
 def kill_a_worker(race: Race, _: Postgres) -> None:
     """Kill one of the service's workers."""
-    psutil.Process(race.service.process.pid).children()[0].kill()
+    workers(race.service)[0].kill()
 
 
-def explain_race(service: Service, postgres: Postgres, seed: str, seconds: float) -> str:
+def explain_race(service: Service, postgres: Postgres, seed: str, cuts: int) -> str:
     """Run a race with a seed, check that an order explains each task's history, and return a summary.
 
     Raises:
@@ -88,7 +86,7 @@ def explain_race(service: Service, postgres: Postgres, seed: str, seconds: float
         db.execute("TRUNCATE tasks, idempotency_keys")
     race = Race(service, seed)
     try:
-        histories = race.run(CLIENTS, lambda: disturb(race, postgres, seconds))
+        histories = race.run(CLIENTS, lambda: disturb(race, postgres, cuts))
         order = [call for history in histories.values() for call in explain(history)]
     except Exception as error:
         error.add_note(f"HISTORIES_SEED={seed}")
@@ -105,7 +103,7 @@ def explain_race(service: Service, postgres: Postgres, seed: str, seconds: float
 def test_an_order_explains_every_response_while_connections_are_cut(
     service: Service, postgres: Postgres, seed: str, figure: Figure
 ) -> None:
-    figure(f"histories, HISTORIES_SEED={seed}", explain_race(service, postgres, seed, 4))
+    figure(f"histories, HISTORIES_SEED={seed}", explain_race(service, postgres, seed, 18))
 
 
 @pytest.mark.long
@@ -114,4 +112,4 @@ def test_an_order_explains_every_response_in_longer_races(
     service: Service, postgres: Postgres, number: int, figure: Figure
 ) -> None:
     seed = SEEDS[0] if SEEDS else uuid.uuid4().hex[:8]
-    figure(f"histories, HISTORIES_SEED={seed}", explain_race(service, postgres, seed, 20))
+    figure(f"histories, HISTORIES_SEED={seed}", explain_race(service, postgres, seed, 90))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import median
 
 import httpx
 import pytest
@@ -108,7 +109,7 @@ def test_a_port_in_use_stops_the_start_with_one_line(tmp_path: Path, data_dir: P
 def test_a_killed_service_can_be_restarted_at_once(data_dir: Path, start: Start) -> None:
     killed = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     killed.stop(signal.SIGKILL)  # the workers keep the port until they notice
-    assert start(DATA_DIR=data_dir, PORT=killed.port).wait().answers()
+    wait_until(start(DATA_DIR=data_dir, PORT=killed.port).serves)
 
 
 def test_workers_of_a_killed_master_close_the_connections_of_active_clients(data_dir: Path, start: Start) -> None:
@@ -116,7 +117,7 @@ def test_workers_of_a_killed_master_close_the_connections_of_active_clients(data
     with httpx.Client(base_url=service.url) as client:
         assert client.get("/healthz").headers["Connection"] == "keep-alive"
         service.process.kill()
-        wait_until(lambda: client.get("/healthz").headers["Connection"] == "close", timeout=5)
+        wait_until(lambda: client.get("/healthz").headers["Connection"] == "close")
 
 
 def test_a_stop_does_not_wait_for_idle_threads(data_dir: Path, start: Start) -> None:
@@ -128,8 +129,12 @@ def test_a_stop_does_not_wait_for_idle_threads(data_dir: Path, start: Start) -> 
 def test_concurrent_connections_are_distributed_among_the_workers(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2 and min(connections_per_worker(service)) > 0)  # both are ready
-    for _ in range(4):
-        assert min(seen := connections_per_worker(service)) >= CLIENTS / 8, seen
+    seen = []
+    for _ in range(30):
+        seen.append(connections_per_worker(service))
+        time.sleep(0.05)
+    # The median, because on a busy machine a worker may not get a processor in time.
+    assert median(map(min, seen)) >= CLIENTS / 8, seen
 
 
 def connections_per_worker(service: Service) -> list[int]:
@@ -150,7 +155,7 @@ def test_silent_connections_do_not_delay_other_clients(data_dir: Path, start: St
         for _ in range(5):
             silent.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
         time.sleep(0.1)  # until the worker has accepted them
-        assert httpx.get(f"{service.url}/healthz", timeout=3).is_success
+        assert httpx.get(f"{service.url}/healthz", timeout=10).is_success  # each would have kept the thread for 5 s
 
 
 def test_a_client_that_never_pauses_does_not_block_other_clients(data_dir: Path, start: Start) -> None:
@@ -298,9 +303,8 @@ def test_gunicorn_with_other_settings_responds_to_malformed_requests_with_proble
 def test_the_service_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
     path = tmp_path / "socket"
     service = start(command=[sys.executable, "wsgi.py", "--bind", f"unix:{path}"], DATA_DIR=data_dir)
-    wait_until(path.exists)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as client:
-        assert client.get("/readyz").status_code == httpx.codes.OK
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as service.client:
+        assert service.wait().answers()
     assert service.stop() == 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-START_TIMEOUT = 60  # seconds; far more than a start takes, even on a busy machine
+START_TIMEOUT = 180  # seconds; far more than a start takes, even on a busy machine
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _BLOCK = 100  # ports
 _claims: list[socket.socket] = []

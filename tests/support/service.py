@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import psutil
 
 from tests.support.environment import ROOT, environment
 from tests.support.processes import START_TIMEOUT, children, free_port
+from tests.support.turns import Turns
 
 
 class Service:
@@ -36,6 +38,7 @@ class Service:
                 stderr=output,
                 start_new_session=True,
             )
+        self.turns = Turns(self.process.pid)
         self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
 
     def log(self) -> str:
@@ -43,8 +46,13 @@ class Service:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def took(self, status: int) -> list[float]:
-        """Return the seconds that each response of a status took, as the service logged them."""
-        return [float(found) / 1000 for found in re.findall(rf" {status} ([\d.]+)ms ", self.log())]
+        """Return the seconds that each response of a status took, as logged, without the waits for a processor."""
+        found = []
+        for moment, milliseconds in re.findall(rf"(?m)^(\S+ \S+) .* {status} ([\d.]+)ms ", self.log()):
+            end = datetime.strptime(moment, "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
+            seconds = float(milliseconds) / 1000
+            found.append(max(0, seconds - self.turns.missed(end - seconds, end)))
+        return found
 
     def answers(self, path: str = "/readyz") -> bool:
         """Return whether the service responds to a GET with 200."""
