@@ -311,8 +311,11 @@ def test_the_service_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, st
 def test_the_service_restarts_a_killed_postgresql(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
-    postmaster_in(data_dir).kill()
-    wait_until(service.answers)
-    assert service.client.get(f"/api/tasks/{task['id']}").json() == task
+    killed = postmaster_in(data_dir)
+    killed.kill()
+    killed.wait()
+    # Each worker notices by itself that its connections have ended.
+    wait_until(lambda: service.client.get(f"/api/tasks/{task['id']}").json() == task)
+    wait_until(lambda: postmaster_in(data_dir) != killed)
     assert service.stop() == 0
     assert servers_in(data_dir) == []
