@@ -19,11 +19,12 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     settings = settings or config.load()
     app = Application(__name__, static_folder=None)
     app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
+    app.config["APPLICATION_ROOT"] = settings.url_prefix + settings.script_name or "/"
     app.extensions["database"] = Database(
         lambda: startup.prepare(settings), connections=settings.web_threads, pooler=settings.database_pooler
     )
 
-    app.wsgi_app = middleware.RequestLog(app.wsgi_app)
+    app.wsgi_app = middleware.RequestLog(middleware.Mount(app.wsgi_app, settings.url_prefix))
     cors.init_app(app, settings.cors_origins)
     body.init_app(app)
     tasks.init_app(app, openapi.init_app(app))

@@ -37,6 +37,8 @@ class Settings:
     user_id: str = "local"
     max_body_bytes: int = 64 * 1024
     cors_origins: tuple[str, ...] = ()
+    url_prefix: str = ""
+    script_name: str = ""
 
 
 class StartError(Exception):
@@ -65,6 +67,11 @@ def _read() -> Settings:
     for name in map(str.upper, Settings.__dataclass_fields__):
         if not os.environ.get(name, "unset").strip():
             del os.environ[name]  # an empty value, such as "PORT=", means the default
+    if "URL_PREFIX" in os.environ and "SCRIPT_NAME" in os.environ:
+        raise StartError(
+            "URL_PREFIX and SCRIPT_NAME are both set: set URL_PREFIX if the proxy removes the prefix from the URL, and "
+            "SCRIPT_NAME if it does not"
+        )
     return Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_check_database_url),
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
@@ -78,6 +85,8 @@ def _read() -> Settings:
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _check_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
         cors_origins=_origins(env.str("CORS_ORIGINS", "", validate=_check_origins)),
+        url_prefix=env.str("URL_PREFIX", "", validate=_check_prefix),
+        script_name=env.str("SCRIPT_NAME", "", validate=_check_prefix),
     )
 
 
@@ -109,6 +118,7 @@ def _check_home(path: Path) -> None:
         raise ValidationError(f"{error}") from error
 
 
+_MAX_PREFIX_LENGTH = 100
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|\*")  # no brackets: Flask-CORS would take them for a pattern
 
 
@@ -120,6 +130,13 @@ def _check_origins(listed: str) -> None:
     for origin in _origins(listed):
         if not _ORIGIN.fullmatch(origin):
             raise ValidationError("Each must be an origin such as https://app.example.com, in lower case, or *.")
+
+
+def _check_prefix(prefix: str) -> None:
+    if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+){1,20}", prefix) or len(prefix) > _MAX_PREFIX_LENGTH:
+        raise ValidationError(
+            f"It must be a path such as /todo, without a slash at its end, of at most {_MAX_PREFIX_LENGTH} characters."
+        )
 
 
 def _check_text(text: str) -> None:

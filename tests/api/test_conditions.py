@@ -29,12 +29,30 @@ WRITES: dict[str, Write] = {
     "delete": lambda client, task_id, etags: client.delete(f"/api/tasks/{task_id}", headers=if_match_header(etags)),
 }
 # Values of If-Match for a task at version 1.
-MATCHING = ['"1"', '"7","1"', '"7" , "1"', 'W/"1", "1"', '"a,b", "1"', '"x"' + ', "5"' * 500 + ', "1"', "*"]
+MATCHING = [
+    '"1"',
+    '"1-gzip"',
+    '"1--gzip"',
+    '"1;gzip"',
+    '"1-br"',
+    '"9-gzip", "1-gzip"',
+    '"7","1"',
+    '"7" , "1"',
+    'W/"1", "1"',
+    '"a,b", "1"',
+    '"x"' + ', "5"' * 500 + ', "1"',
+    "*",
+]
 NOT_MATCHING = [
     *(
         '"2"',
         '"9" "1"',
         '"9""1"',
+        '"1-"',
+        '"1-x"',
+        '"1gzip"',
+        '"1-gzip-gzip"',
+        '"9-gzip"',
         'W/"9""1"',
         'garbage "1"',
         '*, "1"',
@@ -89,7 +107,9 @@ def test_every_response_with_a_task_has_its_version_as_a_strong_etag(client: htt
     assert "ETag" not in client.get(path).headers
 
 
-@pytest.mark.parametrize("if_none_match", ['"1"', 'W/"1"', '"7", "1"', '"7", W/"1"', "*"])
+@pytest.mark.parametrize(
+    "if_none_match", ['"1"', '"1-gzip"', 'W/"1-gzip"', '"1--gzip"', '"1;gzip"', 'W/"1"', '"7", "1"', '"7", W/"1"', "*"]
+)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_get_returns_304_if_the_etag_matches(
     client: httpx.Client, create: Create, method: str, if_none_match: str

@@ -204,6 +204,7 @@ INVALID_AFTER = [
         *(("completed", value) for value in INVALID_COMPLETED),
         *(("after", value) for value in INVALID_AFTER),
         ("q", "a\0b"),
+        ("q", "[" * 251),
         ("offset", "1"),
         ("Limit", "5"),
         ("", "5"),

@@ -34,6 +34,17 @@ INVALID = [
     ("CORS_ORIGINS", "app.example"),
 ]
 ALSO_INVALID = [  # the same function rejects them, so one process is enough
+    ("URL_PREFIX", "todo"),
+    ("URL_PREFIX", "/"),
+    ("URL_PREFIX", "/todo/"),
+    ("URL_PREFIX", "//todo"),
+    ("URL_PREFIX", "/to do"),
+    ("URL_PREFIX", "/todo/../x"),
+    ("URL_PREFIX", "/todo?x"),
+    ("URL_PREFIX", "https://example.com/todo"),
+    ("URL_PREFIX", "/" + "x" * 100),
+    ("SCRIPT_NAME", "todo"),
+    ("SCRIPT_NAME", "/todo/"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}%@host/name"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}/@host/name"),
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@@host/name"),
@@ -191,3 +202,9 @@ def test_origins_are_separated_by_commas(project: Path) -> None:
 def test_a_relative_data_dir_is_in_the_project_and_a_tilde_is_the_home_folder(project: Path) -> None:
     assert settings(project, DATA_DIR="data").data_dir == project / "data"
     assert settings(project, DATA_DIR="~/data", HOME="/home/me").data_dir == Path("/home/me/data")
+
+
+def test_only_one_of_the_two_prefixes_can_be_set(project: Path) -> None:
+    done = run(project, ["wsgi.py"], URL_PREFIX="/todo", SCRIPT_NAME="/todo")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert "URL_PREFIX and SCRIPT_NAME are both set" in done.stderr

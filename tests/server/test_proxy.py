@@ -163,6 +163,8 @@ def test_a_request_that_nginx_rejects_gets_a_problem(nginx: Service) -> None:
     for request, status, kind in (
         (b"GARBAGE\r\n\r\n", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 9000 + b"\r\n\r\n", 400, "malformed_request"),
+        (b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n", 405, "method_not_allowed"),
+        (POST + b"Transfer-Encoding: gzip\r\n\r\n", 501, "not_implemented"),
         (b"GET /problem HTTP/1.1\r\nHost: x\r\n\r\n", 404, "not_found"),
         (POST + b"Content-Length: 65537\r\n\r\n{", 413, "content_too_large"),  # the client is still sending
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
@@ -170,6 +172,49 @@ def test_a_request_that_nginx_rejects_gets_a_problem(nginx: Service) -> None:
         raw = response_to(send(nginx, request))
         assert_problem(httpx.Response(raw.status, headers=raw.getheaders(), content=raw.read()), status, kind)
     assert_problem(httpx.get(nginx.url.replace("https", "http")), 400, "malformed_request")
+
+
+@pytest.mark.parametrize("q", ["\U0001f95b" * 250, "[" * 250, '<">\\' * 50], ids=["milk", "brackets", "quotes"])
+def test_the_longest_q_can_be_paged_through(nginx: Service, db: Database, q: str) -> None:
+    for _ in range(3):
+        assert nginx.client.post("/api/tasks", json={"title": "x", "description": q}).status_code == 201
+    assert [len(page) for page in pages(nginx.client, q=q, limit=1)] == [1, 1, 1]
+
+
+APACHE = """
+ServerName x
+ServerRoot {folder}
+PidFile pid
+Listen 127.0.0.1:{port}
+{modules}
+ErrorLog error
+SetOutputFilter DEFLATE
+ProxyPass / http://127.0.0.1:{behind}/
+"""
+
+
+@pytest.fixture
+def apache(start: Start, tmp_path: Path, service: Service) -> Service:
+    """Run an Apache in front of the session's service. It compresses every response."""
+    names = ["mpm_event", "proxy", "proxy_http", "filter", "deflate", "authz_core"]
+    modules = "\n".join(f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so" for name in names)
+    port = free_port()
+    config = APACHE.format(folder=tmp_path, port=port, modules=modules, behind=service.port)
+    (tmp_path / "apache.conf").write_text(config, encoding="utf-8")
+    return start(command=[program("apache2"), "-f", str(tmp_path / "apache.conf"), "-DFOREGROUND"], PORT=port).wait()
+
+
+def test_the_etags_that_apache_makes_for_compressed_responses_work(apache: Service, db: Database) -> None:
+    client = apache.client
+    task = client.post("/api/tasks", json={"title": "milk" * 50}).headers["Location"]
+    response = client.get(task)
+    assert (response.headers["Content-Encoding"], response.headers["ETag"]) == ("gzip", '"1-gzip"')
+    assert client.get(task, headers={"If-None-Match": '"1-gzip"'}).status_code == 304
+    assert client.post(f"{task}/toggle", headers={"If-Match": '"1-gzip"'}).status_code == 200
+    assert client.delete(task, headers={"If-Match": '"1-gzip"'}).status_code == 412
+    tasks = client.get("/api/tasks")
+    assert tasks.headers["ETag"].endswith('-gzip"')
+    assert client.get("/api/tasks", headers={"If-None-Match": tasks.headers["ETag"]}).status_code == 304
 
 
 def test_a_stopped_or_frozen_service_is_a_problem(start: Start, tmp_path: Path, database_url: str) -> None:

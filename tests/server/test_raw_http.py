@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import psycopg
@@ -86,6 +87,81 @@ def test_a_request_that_gunicorn_cannot_parse_gets_a_problem(
 ) -> None:
     members = problem(service, request_bytes)
     assert (members["status"], members["type"]) == (status, kind)
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "detail"),
+    [
+        (
+            b"patch /api/tasks/1 HTTP/1.1\r\nHost: x\r\n\r\n",
+            "The method must be 3 to 20 letters in upper case: 'patch'",
+        ),
+        (b"GET /caf\xc3\xa9?q=secret HTTP/1.1\r\nHost: x\r\n\r\n", r"percent-encoded in a URL: 'GET /caf\xc3\xa9'"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nBad Name: secret\r\n\r\n", "Invalid header name: 'Bad'"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: secret\x07\r\n\r\n", "Invalid or repeated header: 'A'"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization secret\r\n\r\n", "repeated header: 'Authorization'"),
+        (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", "The HTTP version must be 1.0 or 1.1"),
+        (b"GET / HTTP/1.1\r\nAccept: */*\r\n\r\n", "HTTP/1.1 requires a Host header"),
+        (b"\x16\x03\x01\x02\x00\x01\x00", r"in a URL: '\x16\x03\x01\x02\x00\x01\x00'"),  # TLS
+        (b"\x1b[31m" + b"x" * 500 + b"\r\n\r\n", "'\\x1b[31m" + "x" * 55 + "'"),
+    ],
+)
+def test_the_problem_and_the_log_say_what_is_unreadable(service: Service, request_bytes: bytes, detail: str) -> None:
+    seen = len(service.log())
+    found = problem(service, request_bytes)["detail"]
+    assert detail in found
+    assert found.isprintable()
+    assert len(found) < 250
+    assert "secret" not in found + service.log()[seen:]
+
+
+def test_http_1_0_needs_no_host(service: Service) -> None:
+    assert send(service, b"GET /healthz HTTP/1.0\r\n\r\n")[0] == 200
+
+
+@pytest.mark.parametrize("path", [b"//api/tasks", b"///", b"//docs"])
+def test_a_path_that_begins_with_two_slashes_is_not_found(service: Service, path: bytes) -> None:
+    assert problem(service, b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path)["type"] == "not_found"
+
+
+def test_one_client_does_not_fill_the_log(database_url: str, start: Start) -> None:
+    service = start(DATABASE_URL=database_url).wait()
+    seen = len(service.log())
+    many = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"\x07" * 810_000
+    for request in [
+        many,
+        b"GET /" + b"%07" * 2700 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        *[b"\x07" * 8000 + b"\r\n"] * 500,
+    ]:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection, suppress(OSError):
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65_536):
+                pass
+    assert len(service.log()) - seen < 10_000
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 900000", b"Transfer-Encoding: chunked"])
+def test_expect_100_continue_is_answered_before_the_body(service: Service, framing: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(POST + b"Expect: 100-continue\r\n" + framing + b"\r\n\r\n")
+        answer = connection.recv(65_536)
+        if framing.startswith(b"Content"):
+            assert answer.startswith(b"HTTP/1.1 413 ")
+            return
+        assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(chunked(SMALL))
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 201 ")
+
+
+@pytest.mark.parametrize(
+    "path", [b"/api/tasks", b"/api/tasks/1", b"/docs", b"/docs/page.js", b"/healthz", b"/openapi.json"]
+)
+def test_the_answer_to_options_has_allow_and_neither_a_body_nor_a_type(service: Service, path: bytes) -> None:
+    status, headers, body = send(service, b"OPTIONS %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path)
+    assert (status, body) == (200, b"")
+    assert "OPTIONS" in headers["Allow"]
+    assert "Content-Type" not in headers
 
 
 @pytest.mark.parametrize("header", [b"SCRIPT_NAME: /api/tasks", b"SCRIPT-NAME: /api", b"PATH_INFO: /docs"])

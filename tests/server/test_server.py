@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.environment import ROOT
@@ -104,6 +105,84 @@ def test_a_port_in_use_stops_the_start_with_one_line(tmp_path: Path, data_dir: P
             assert "PORT" in rejected.log()
     assert not (tmp_path / "data").exists()
     assert service.answers()
+
+
+# A small program that starts another one as systemd does, with a socket that listens already.
+ACTIVATE = """
+import os, socket, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, "wsgi.py"])
+"""
+
+
+@pytest.mark.parametrize("is_port_set", [True, False])
+def test_systemd_can_activate_the_socket(is_port_set: bool, data_dir: Path, start: Start) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", ACTIVATE, str(port)]
+    service = start(DATA_DIR=data_dir, command=command, PORT=port if is_port_set else free_port())
+    service.client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
+    service.wait()
+    assert f"serving http://127.0.0.1:{port}, its docs" in service.log()
+    assert service.stop() == 0
+
+
+def test_sigusr2_replaces_the_service_without_a_refused_request(tmp_path: Path, start: Start) -> None:
+    service = start(DATA_DIR=tmp_path / "data", cwd=ROOT.parent, command=[sys.executable, str(ROOT / "wsgi.py")]).wait()
+    old = service.process
+    task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    old.send_signal(signal.SIGUSR2)
+    wait_until(lambda: service.log().count(f"serving {service.url}, its docs") == 2)
+    [new] = [child for child in workers(service) if child.children()]
+    try:
+        old.terminate()
+        while old.poll() is None:
+            assert service.client.get(f"/api/tasks/{task['id']}").json() == task
+        assert old.returncode == 0
+        for _ in range(20):
+            assert httpx.get(f"{service.url}/api/tasks/{task['id']}").json() == task
+        assert "in use" not in service.log()
+    finally:
+        new.terminate()
+        wait_until(lambda: not new.is_running() or new.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: servers_in(tmp_path / "data") == [])
+
+
+def test_reload_says_that_new_code_needs_a_restart(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, command=[sys.executable, "wsgi.py", "--reload"]).wait()
+    assert service.log().count("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2") == 1
+    [worker] = workers(service)
+    service.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: not worker.is_running())
+    assert service.log().count("SIGHUP replaces the workers: new code, SQL and migrations need a restart") == 1
+    assert "Reloader is on" not in service.log()
+
+
+@pytest.mark.parametrize(("limit", "threads", "needed"), [(40, 4, 72), (64, 4, 72), (256, 256, 576)])
+def test_too_few_open_files_stop_the_start_with_one_line(
+    limit: int, threads: int, needed: int, tmp_path: Path, start: Start
+) -> None:
+    service = start(prefix=["prlimit", f"--nofile={limit}:{limit}"], WEB_THREADS=threads, DATA_DIR=tmp_path / "data")
+    assert service.process.wait(timeout=60) == 3
+    assert service.log().count("\n") == 1
+    line = f"may open {limit} files, and a worker with WEB_THREADS={threads} needs {needed}: raise the limit (ulimit -n"
+    assert line in service.log()
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(80, 4), (116, 4), (1024, 256)])
+def test_few_open_files_are_enough_for_fewer_clients(limit: int, threads: int, tmp_path: Path, start: Start) -> None:
+    files = ["prlimit", f"--nofile={limit}:{limit}"]
+    service = start(prefix=files, WEB_THREADS=threads, DATA_DIR=tmp_path / "data").wait()
+    with ExitStack() as clients:
+        for _ in range(16):
+            clients.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
+        assert service.client.post("/api/tasks", json={"title": "x"}).status_code == httpx.codes.CREATED
+    for _ in range(200):  # no file is left open
+        assert service.client.get("/healthz", headers={"Connection": "close"}).is_success
+    assert service.stop() == 0
 
 
 def test_a_killed_service_can_be_restarted_at_once(data_dir: Path, start: Start) -> None:

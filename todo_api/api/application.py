@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from flask import Flask, Request
+from flask import Flask, Request, Response, request
 from flask.sessions import NullSession, SessionInterface
+from werkzeug.exceptions import BadRequest, NotFound
 from werkzeug.routing import MapAdapter
+
+from todo_api.api.middleware import loggable
 
 
 class NoSessions(SessionInterface):
@@ -28,8 +31,28 @@ class Application(Flask):
         """Return the view unchanged. No view is async."""
         return func
 
+    def log_exception(self, exc_info: Any) -> None:
+        """Log a bug, in a line of limited length."""
+        self.logger.error("Exception on %s %s", request.method, loggable(request.path), exc_info=exc_info)
+
+    def make_default_options_response(self) -> Response:
+        """Return the answer to an OPTIONS request, which has no body and so no type."""
+        response = super().make_default_options_response()
+        del response.headers["Content-Type"]
+        return response
+
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        """Return an adapter that finds the route by the path alone. No route and no response depends on the Host."""
+        """Return an adapter that finds the route by the path alone. No route and no response depends on the Host.
+
+        Raises:
+            NotFound: the path begins with two slashes. Werkzeug would find the route of the path with one slash.
+            BadRequest: there is no Host, which HTTP/1.1 requires.
+
+        """
         if request is None:
             return None
+        if request.environ["PATH_INFO"].startswith("//"):
+            raise NotFound
+        if request.environ["SERVER_PROTOCOL"] == "HTTP/1.1" and "HTTP_HOST" not in request.environ:
+            raise BadRequest("HTTP/1.1 requires a Host header")
         return self.url_map.bind("", request.root_path, path_info=request.path, default_method=request.method)

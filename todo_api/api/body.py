@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask import Flask, current_app, g, request
@@ -19,8 +18,6 @@ JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"  # RFC 7396
 UNSUPPORTED_PATCH = f"{KINDS[415][1]} or {MERGE_PATCH}"
 
-_CHUNK = 64 * 1024  # bytes
-_DISCARDED_CHUNKS = 16  # of a body that is too large
 # NUL and lone surrogates. JSON can contain them as escape sequences only, and PostgreSQL's text cannot contain them.
 _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 
@@ -50,14 +47,14 @@ def read(environ: "WSGIEnvironment", limit: int) -> bytes:
     if length is None and "HTTP_TRANSFER_ENCODING" not in environ:
         return b""
     if length is not None and length > limit:
-        raise _too_large(environ, limit)
+        raise RequestEntityTooLarge(f"{KINDS[413][1]} of {limit} bytes")
     try:
         # One byte more than the limit shows whether a chunked body is too large.
         data: bytes = environ["wsgi.input"].read(limit + 1 if length is None else length)
     except Exception as error:  # the WSGI specification does not define what a server raises
         raise MalformedRequest("The body is incomplete") from error
     if len(data) > limit:
-        raise _too_large(environ, limit)
+        raise RequestEntityTooLarge(f"{KINDS[413][1]} of {limit} bytes")
     if len(data) < (length or 0):
         raise MalformedRequest("The body is shorter than its Content-Length")
     return data
@@ -66,19 +63,6 @@ def read(environ: "WSGIEnvironment", limit: int) -> bytes:
 def _content_length(environ: "WSGIEnvironment") -> int | None:
     digits: str = environ.get("CONTENT_LENGTH", "")
     return int(digits) if digits.isdecimal() and digits.isascii() else None
-
-
-def _too_large(environ: "WSGIEnvironment", limit: int) -> RequestEntityTooLarge:
-    """Return the error for a body that is larger than the limit, after discarding more of the body.
-
-    If much of the body is unread when the connection closes, the connection is reset, and the client may not get the
-    response.
-    """
-    with suppress(Exception):
-        for _ in range(_DISCARDED_CHUNKS):
-            if not environ["wsgi.input"].read(_CHUNK):
-                break
-    return RequestEntityTooLarge(f"{KINDS[413][1]} of {limit} bytes")
 
 
 def json_object() -> dict[str, Any]:

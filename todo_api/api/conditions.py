@@ -8,7 +8,9 @@ from flask import request
 
 _TAG = r'(?:W/)?"[^"]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")  # Werkzeug's parser also accepts invalid lists
-_VERSION = re.compile(r'"[1-9][0-9]{0,17}"')
+# Servers in front that compress a response add such a suffix to its ETag: Apache -gzip, Jetty --gzip, others ;gzip.
+_SUFFIXES = ["", *(f"{mark}{coding}" for mark in ("-", "--", ";") for coding in ("gzip", "br", "zstd", "deflate"))]
+_VERSION = re.compile(rf'"([1-9][0-9]{{0,17}})(?:{"|".join(_SUFFIXES)})"')
 _NO_VERSION = "0"
 
 
@@ -29,7 +31,8 @@ def client_has(etag: str) -> bool:
     """Return whether If-None-Match has this ETag, so the client has the response already."""
     if "If-None-Match" not in request.headers:
         return False
-    return request.if_none_match.contains_weak(etag.removeprefix("W/").strip('"'))
+    tag = etag.removeprefix("W/").strip('"')
+    return any(request.if_none_match.contains_weak(tag + suffix) for suffix in _SUFFIXES)
 
 
 def if_match_versions() -> list[str]:
@@ -42,4 +45,4 @@ def if_match_versions() -> list[str]:
     if tags.strip() == "*":
         return []
     listed = re.findall(_TAG, tags) if _TAGS.fullmatch(tags) else []
-    return [tag[1:-1] for tag in listed if _VERSION.fullmatch(tag)] or [_NO_VERSION]
+    return [version[1] for tag in listed if (version := _VERSION.fullmatch(tag))] or [_NO_VERSION]

@@ -1,4 +1,4 @@
-"""Request ids, the access log, and a header that prevents browsers from guessing media types."""
+"""Request ids, the access log, a header against guessed media types, and the prefix of the URLs behind a proxy."""
 
 import logging
 import os
@@ -17,6 +17,35 @@ log = logging.getLogger("todo_api.access")
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 
 
+_PATH_LENGTH = 200  # characters in the log
+
+
+def loggable(path: str | bytes) -> str:
+    """Return a path for the log: decoded, it can contain a line break, and it can be long."""
+    quoted = quote(path, safe="/")
+    return quoted if len(quoted) <= _PATH_LENGTH else f"{quoted[:_PATH_LENGTH]}..."
+
+
+class Mount:
+    """WSGI middleware that knows the path below which a proxy serves the service.
+
+    In WSGI that path is SCRIPT_NAME, and every URL of an answer begins with it. A server such as gunicorn removes the
+    SCRIPT_NAME of the environment from the request's path; ``prefix`` is one that a proxy has removed.
+    """
+
+    def __init__(self, app: "WSGIApplication", prefix: str) -> None:
+        """Wrap an application."""
+        self.app, self.prefix = app, prefix
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """Answer a request."""
+        script_name, path = environ.get("SCRIPT_NAME", ""), environ["PATH_INFO"]
+        if script_name and path and not path.startswith("/"):  # gunicorn takes /todolist for a path below /todo
+            script_name, environ["PATH_INFO"] = "", script_name + path
+        environ["SCRIPT_NAME"] = self.prefix + script_name
+        return self.app(environ, start_response)
+
+
 class RequestLog:
     """WSGI middleware around the whole application. Every response gets an X-Request-ID and a line in the log."""
 
@@ -31,7 +60,7 @@ class RequestLog:
         request_id = given if _VALID_ID.fullmatch(given) else os.urandom(16).hex()
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
-            path = quote(environ["PATH_INFO"].encode("latin-1"), safe="/")  # a decoded path can contain a line break
+            path = loggable(environ["PATH_INFO"].encode("latin-1"))
             milliseconds = 1000 * (time.perf_counter() - started)
             log.info("%s %s %.3s %.1fms %s", environ["REQUEST_METHOD"], path, status, milliseconds, request_id)
             added = [("X-Request-ID", request_id), ("X-Content-Type-Options", "nosniff")]

@@ -159,8 +159,9 @@ def init_app(app: Flask) -> Api:
         OPENAPI_URL_PREFIX="/",
         OPENAPI_JSON_PATH="openapi.json",
     )
+    servers = [{"url": app.config["APPLICATION_ROOT"]}]
     # No endpoint needs authentication yet.
-    spec = {"info": _INFO, "servers": [{"url": "/"}], "security": [], "extra_plugins": [_Finish()]}
+    spec = {"info": _INFO, "servers": servers, "security": [], "extra_plugins": [_Finish()]}
     api = Api(app, spec_kwargs=spec)
     api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest always adds it
     same_etag = {**_RESPONSE_HEADERS["ETag"], "description": "The same as in the 200."}

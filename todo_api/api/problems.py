@@ -78,7 +78,7 @@ def problem_response(error: HTTPException) -> Response:
         kind, errors = VALIDATION_ERROR, error.errors
     if error.description != type(error).description:  # Werkzeug's own descriptions are attributes of the classes
         detail = error.description or detail
-    instance = quote(request.path, safe="/:@!$&'()*+,;=~")
+    instance = quote(request.root_path + request.path, safe="/:@!$&'()*+,;=~")
     response = Response(
         json.dumps(problem(status, kind, detail, instance, errors)), status=status, content_type=MEDIA_TYPE
     )

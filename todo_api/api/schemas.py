@@ -9,6 +9,9 @@ MAX_TITLE_LENGTH = 200
 MAX_DESCRIPTION_LENGTH = 2000
 MAX_KEY_LENGTH = 255  # of an Idempotency-Key
 MAX_LIMIT = 10_000
+# A character of q takes up to 12 bytes in a URL. With at most this many, the link to the next page fits into the 4096
+# bytes that servers and proxies accept in a request line and in headers.
+MAX_Q_LENGTH = 250
 # The characters for which str.isspace() is true. The constraint of the table lists the same characters.
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _NO_NUL = r"^[^\x00]*$"  # PostgreSQL's text cannot contain a NUL
@@ -186,7 +189,10 @@ class TaskQuery(Schema):
         metadata={"description": "Only completed tasks, or only open ones."},
     )
     q = fields.String(
-        validate=_check_text,
+        validate=[
+            validate.Length(max=MAX_Q_LENGTH, error="Q exceeds maximum length of {max} characters"),
+            _check_text,
+        ],
         metadata={
             "description": "Only tasks that contain this text in the title or the description; case-insensitive.",
             "examples": ["milk"],

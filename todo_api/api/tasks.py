@@ -81,7 +81,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
     page, cursor = pages.split_page(tasks) if count > limit else (tasks, "")
     response = list_response(page, cursor)
     if cursor:
-        response.headers["Link"] = pages.next_link(request.path, request.args, cursor)
+        response.headers["Link"] = pages.next_link(request.root_path + request.path, request.args, cursor)
     return or_not_modified(response)
 
 
@@ -106,7 +106,7 @@ def create_task(task: dict[str, Any]) -> Response:
         raise MalformedRequest(f"Idempotency-Key must have 1 to {MAX_KEY_LENGTH} characters")
     created = created or abort(422)
     response = task_response(created, 201)
-    response.headers["Location"] = f"{request.path}/{json.loads(created)['id']}"
+    response.headers["Location"] = f"{request.root_path}{request.path}/{json.loads(created)['id']}"
     return response
 
 

@@ -1,6 +1,7 @@
 """gunicorn: its settings, its worker, and its responses to unreadable requests. Only this package imports gunicorn."""
 
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from gunicorn.app import wsgiapp
@@ -9,8 +10,12 @@ from todo_api.server.unreadable import install_problems
 
 __all__ = ["install_problems", "run"]
 
+_ARGUMENTS = ["-c", "python:todo_api.server.gunicorn_conf", "wsgi:app"]
+
 
 def run() -> NoReturn:
     """Run gunicorn with our settings until it exits. The program's arguments are gunicorn's and take precedence."""
-    sys.argv[1:1] = ["-c", "python:todo_api.server.gunicorn_conf", "wsgi:app"]
+    if sys.argv[1:4] != _ARGUMENTS:  # on SIGUSR2, gunicorn runs this program again with all its arguments
+        sys.argv[1:1] = _ARGUMENTS
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # it does so in the project's folder
     sys.exit(wsgiapp.run(prog="gunicorn"))

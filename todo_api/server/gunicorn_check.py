@@ -15,11 +15,13 @@ _RESPONSE = "gunicorn.http.wsgi:Response"
 OVERRIDDEN = {
     _GTHREAD: {
         *("__init__", "init_process", "run", "accept", "enqueue_req", "handle", "finish_request", "murder_pending"),
-        *("_cap_keepalive", "check_config"),
+        *("_cap_keepalive", "check_config", "handle_request", "handle_error"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
     "gunicorn.http.wsgi": {"Response"},
     "gunicorn.http.body:Body": {"read"},
+    "gunicorn.http.unreader:SocketUnreader": {"__init__", "chunk", "take_buffered", "unread"},
+    "gunicorn.http.message": {"MAX_REQUEST_LINE"},
     "gunicorn.config:Config": {"__getattr__"},  # it looks up a setting if there is no attribute of that name
     "gunicorn.util": {"write_error", "write_nonblock"},
 }

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any
 
+from gunicorn import systemd
+
 from todo_api import database, logs, startup
 from todo_api.config import ROOT  # gunicorn would take the name "config" for its setting
 from todo_api.server import gunicorn_check
@@ -18,18 +20,35 @@ logs.configure()
 log = logging.getLogger("todo_api")
 
 
-def _max_connections() -> int:
-    """Raise the limit of open files, and return how many connections of clients a worker may accept below it.
+_OWN_FILES = 48  # of a worker without clients, beside those of its threads
+_FILES_PER_THREAD = 2  # the connection to PostgreSQL, and one for a moment
+_MOST_CLIENTS = 10_000
+_FEWEST_CLIENTS = 16
+
+
+def _open_files() -> int:
+    """Raise the limit of open files, and return it.
 
     The limit is often 1024, for the sake of programs that use select(). A worker that reaches it dies.
     """
-    own = 100 + 4 * _settings.web_threads  # files for connections to PostgreSQL, selectors and so on
+    wanted = _OWN_FILES + _FILES_PER_THREAD * _settings.web_threads + _MOST_CLIENTS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = own + 10_000
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted - own if soft == resource.RLIM_INFINITY else min(soft, wanted) - own
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
+
+
+def _max_connections() -> int:
+    """Return how many connections of clients a worker may accept below the limit of open files."""
+    needed = _OWN_FILES + _FILES_PER_THREAD * _settings.web_threads
+    clients = (limit := _open_files()) - needed
+    if clients < _FEWEST_CLIENTS:
+        startup.fail(
+            f"this process may open {limit} files, and a worker with WEB_THREADS={_settings.web_threads} needs "
+            f"{needed + _FEWEST_CLIENTS}: raise the limit (ulimit -n, or LimitNOFILE of systemd) or lower WEB_THREADS"
+        )
+    return clients
 
 
 chdir = str(ROOT)
@@ -44,6 +63,8 @@ timeout = 30  # seconds; gunicorn kills a worker that gives no sign of life for 
 graceful_timeout = 10  # seconds for the requests in progress when the service stops
 forwarder_headers = ""  # a SCRIPT_NAME header must not change the routing
 secure_scheme_headers: dict[str, str] = {}  # nothing depends on the scheme, and contradictory headers would cause a 400
+limit_request_line = 8190  # bytes; gunicorn's maximum
+limit_request_fields = 50
 control_socket_disable = True  # gunicorn opens a control socket by default, and nothing here uses it
 errorlog = "-"  # standard error
 loglevel = "warning"  # without gunicorn's own lines about the start; when_ready logs the start
@@ -57,10 +78,21 @@ def on_starting(server: Any) -> None:
     # These handlers serve until gunicorn sets its own. A normal exit stops an embedded server.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
-        if isinstance(address, tuple):
-            _wait_for_port(*address)
+    # After SIGUSR2, and if systemd activates the socket, gunicorn inherits its sockets.
+    if not server.master_pid and not systemd.listen_fds(unset_environment=False):
+        for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
+            if isinstance(address, tuple):
+                _wait_for_port(*address)
+    if server.cfg.reload:
+        log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
+    server.cfg.set("reload", False)  # noqa: FBT003
     startup.prepare_or_fail(_settings)
+
+
+def on_reload(server: Any) -> None:
+    """Log what a reload does not do. The new workers are forks of the master, which has the old code."""
+    server.cfg.set("reload", False)  # noqa: FBT003
+    log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
 
 def post_worker_init(_worker: Any) -> None:
@@ -71,8 +103,8 @@ def post_worker_init(_worker: Any) -> None:
 def when_ready(server: Any) -> None:
     """Log where the service listens."""
     cfg = server.cfg
-    where = " ".join(cfg.bind)
-    log.info("serving http://%s, its docs at /docs, with %d workers of %d threads", where, cfg.workers, cfg.threads)
+    where = ", ".join(map(str, server.LISTENERS))  # systemd's sockets may be others than those of the settings
+    log.info("serving %s, its docs at /docs, with %d workers of %d threads", where, cfg.workers, cfg.threads)
 
 
 def _wait_for_port(host: str, port: int) -> None:

@@ -3,31 +3,118 @@
 import json
 import logging
 import os
+import re
 import socket
+import sys
+import time
+from contextlib import suppress
 from http import HTTPStatus
 
 import gunicorn.util
+from gunicorn.http import errors
 
 from todo_api.api import problems
 from todo_api.server import gunicorn_check
 
 log = logging.getLogger(__name__)
 
+QUOTED = 60  # characters of what a client sent
+_MESSAGE_LENGTH = 500  # characters of a line in gunicorn's log
+_GUNICORNS_LINE = "Invalid request from ip="  # ours has the id of the answer too
+
+# What is wrong, and the attribute that has the part of the request, for gunicorn's exceptions.
+_REASONS: dict[type[Exception], tuple[str, str]] = {
+    errors.InvalidRequestMethod: ("The method must be 3 to 20 letters in upper case", "method"),
+    errors.InvalidRequestLine: (
+        "The first line must be a method, a URL and HTTP/1.1, in ASCII; other characters are percent-encoded in a URL",
+        "req",
+    ),
+    errors.InvalidHTTPVersion: ("The HTTP version must be 1.0 or 1.1", "version"),
+    errors.InvalidHeaderName: ("Invalid header name", "hdr"),
+    errors.InvalidHeader: ("Invalid or repeated header", "hdr"),
+    errors.ObsoleteFolding: ("A header must be on one line", "hdr"),
+    errors.ExpectationFailed: ("The only supported expectation is 100-continue", "expect"),
+    errors.UnsupportedTransferCoding: ("The only supported transfer coding is chunked", "hdr"),
+    errors.LimitRequestLine: ("The URL is too long", ""),
+    errors.LimitRequestHeaders: ("The headers are too many or too large", ""),
+}
+_TIMEOUT = "The request did not arrive whole in time"
+_OUTSIDE = "The path does not begin with SCRIPT_NAME; if a proxy removes that prefix, set URL_PREFIX instead"
+
+
+class Limit(logging.Filter):
+    """Passes the first records of each period and counts the others, because one client could fill the disk.
+
+    The first record of a later period says how many were left out.
+    """
+
+    def __init__(self, records: int, seconds: float) -> None:
+        """Create a filter that passes a number of records in a number of seconds."""
+        super().__init__()
+        self.records, self.seconds = records, seconds
+        self.began = -seconds
+        self.count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record passes."""
+        now = time.monotonic()
+        if now - self.began > self.seconds:
+            if self.count > self.records:
+                record.msg = f"{record.msg} ({self.count - self.records} more since the last such line)"
+            self.began, self.count = now, 0
+        self.count += 1
+        return self.count <= self.records
+
 
 def install_problems() -> None:
     """Make gunicorn respond to unreadable requests with problems instead of HTML. gunicorn has no hook for this."""
     if not gunicorn_check.difference():
         gunicorn.util.write_error = _write_problem
+        logging.getLogger("gunicorn.error").addFilter(_shorten)
+    if not log.filters:
+        log.addFilter(Limit(10, 60))
 
 
-def _write_problem(connection: socket.socket, status: int, reason: str, message: str) -> None:
+def _shorten(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if len(message) > _MESSAGE_LENGTH:
+        record.msg, record.args = f"{message[:_MESSAGE_LENGTH]}...", ()
+    return not message.startswith(_GUNICORNS_LINE)
+
+
+def _write_problem(connection: socket.socket, status: int, _reason: str, _message: str) -> None:
     request_id = os.urandom(16).hex()
-    log.warning("unreadable request: %d %s %r %s", status, reason, message, request_id)
-    gunicorn.util.write_nonblock(connection, _response(status, request_id))
+    error = sys.exception()  # gunicorn calls this while it handles it
+    if isinstance(error, errors.ConfigurationProblem):  # the one that concerns a request
+        status, detail = HTTPStatus.NOT_FOUND, _OUTSIDE
+    else:
+        detail = _detail(status, error)
+    peer: object = None
+    with suppress(OSError):  # the client may have gone
+        peer = connection.getpeername()
+    client = peer[0] if isinstance(peer, tuple) else "an unknown address"
+    log.warning("unreadable request from %s: %d %s %s", client, status, detail, request_id)
+    gunicorn.util.write_nonblock(connection, _response(status, detail, request_id))
 
 
-def _response(status: int, request_id: str) -> bytes:
-    kind, detail = problems.kind_of(status)
+def _detail(status: int, error: BaseException | None) -> str:
+    for kind, (text, attribute) in _REASONS.items():
+        if isinstance(error, kind):
+            return f"{text}: {_quoted(getattr(error, attribute), attribute)}" if attribute else text
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        return _TIMEOUT
+    _, detail = problems.kind_of(status)
+    return detail
+
+
+def _quoted(part: object, attribute: str) -> str:
+    """Quote the beginning of a part of a request, without a query and without the value of a header."""
+    ends = r"[?]" if attribute == "req" else r"[?:\s]"
+    return ascii(re.split(ends, str(part), maxsplit=1)[0][:QUOTED])
+
+
+def _response(status: int, detail: str, request_id: str) -> bytes:
+    kind, _ = problems.kind_of(status)
     content = json.dumps(problems.problem(status, kind, detail, "")).encode()
     headers = {
         "Connection": "close",

@@ -1,4 +1,4 @@
-"""gunicorn's threaded worker, changed so that silent clients occupy no thread and a stop loses no request."""
+"""gunicorn's threaded worker, changed so that slow clients occupy no thread and a stop loses no request."""
 
 import logging
 import select
@@ -10,15 +10,20 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
+from math import inf
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
+from gunicorn import util
 from gunicorn.http import wsgi
+from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
 
-from todo_api import startup
+from todo_api import config, startup
 from todo_api.server import gunicorn_check
+from todo_api.server.reader import Reader
 from todo_api.server.response import Response
 
 _ACCEPT_PAUSE = 0.00005  # seconds; long enough for another worker to wake up
@@ -30,12 +35,12 @@ _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and mic
 
 def _should_log(record: logging.LogRecord) -> bool:
     """Return whether to log a record. The traceback of a socket that timed out is not logged: the client caused it."""
-    return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError))
+    return not (record.exc_info and isinstance(record.exc_info[1], BlockingIOError | TimeoutError))
 
 
-def _has_next_request(conn: Any) -> bool:
-    """Return whether the client's next request has arrived, or arrives within a millisecond."""
-    if conn.parser.unreader.buf.getvalue():
+def _sends_more(conn: Any) -> bool:
+    """Return whether a part of the client's next request has arrived, or arrives within a millisecond."""
+    if conn.parser.unreader.has_more():
         return True
     readable = select.poll()
     readable.register(conn.sock, select.POLLIN)
@@ -43,12 +48,18 @@ def _has_next_request(conn: Any) -> bool:
 
 
 class Worker(ThreadWorker):
-    """A worker that accepts its share of the connections. Its threads take requests without gunicorn's main loop."""
+    """A worker that accepts its share of the connections. Its threads take requests without gunicorn's main loop.
+
+    A thread waits neither for the next request nor for the rest of one. The poller of the main loop waits for both.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Create a worker without connections."""
         super().__init__(*args, **kwargs)
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
+        self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
+        self.request_deadline = inf  # of every request, once the worker stops
+        self.next_check = 0.0  # of the deadlines of requests
         self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
         self.closing_connections: deque[Any] = deque()  # connections whose client has to close its side
 
@@ -60,6 +71,11 @@ class Worker(ThreadWorker):
         """
         if difference := gunicorn_check.difference():
             startup.fail(f"{difference}: set worker_class to gthread")
+        is_plain = (
+            cfg.http_protocols == ["h1"] and cfg.proxy_protocol == "off" and cfg.settings["protocol"].get() == "http"
+        )
+        if cfg.is_ssl or not is_plain:
+            startup.fail("TLS, HTTP/2, uWSGI's protocol and the PROXY protocol need --worker-class gthread")
         super().check_config(cfg, log)
 
     def init_process(self) -> None:
@@ -71,6 +87,7 @@ class Worker(ThreadWorker):
         wsgi.Response = Response  # gunicorn has no setting for this
         # Each request looks up some 20 settings, with two calls each. Attributes need no calls: 8 % more reads.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
+        self.body_limit = config.load().max_body_bytes
         super().init_process()
 
     def run(self) -> None:
@@ -95,6 +112,7 @@ class Worker(ThreadWorker):
             listener.close()
         with self.keepalive_lock:
             super()._cap_keepalive(deadline)
+            self.request_deadline = deadline
         for conn in self.pending_conns:  # these clients have sent nothing yet
             conn.timeout = min(conn.timeout, deadline)
 
@@ -131,13 +149,40 @@ class Worker(ThreadWorker):
         """
         while conn := self.ready_connections.get():
             try:
+                if not self._is_request_there(conn):
+                    self._wait(conn)
+                    continue
                 result = self.handle(conn)
                 if result is True and self._keep(conn):
                     continue
+            except ParseException as error:
+                self.handle_error(None, conn.sock, conn.client, error)
+                result = False
+            except ConnectionError:
+                result = False
             except BaseException:  # the thread must continue with other connections
                 self.log.exception("Error handling request")
                 result = False
             self.method_queue.defer(self.finish_request, conn, result)
+
+    def _is_request_there(self, conn: Any) -> bool:
+        if not conn.initialized:
+            conn.init()
+            conn.parser.unreader = Reader(conn.sock, self.body_limit)
+        reader: Reader = conn.parser.unreader
+        return reader.receive()
+
+    def _wait(self, conn: Any) -> None:
+        """Let the poller wait for the rest of a request."""
+        with self.keepalive_lock:
+            conn.timeout = conn.parser.unreader.deadline
+            self.unfinished.add(conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._on_more, conn))
+
+    def _on_more(self, conn: Any, sock: socket.socket) -> None:
+        self.poller.unregister(sock)
+        self.unfinished.remove(conn)
+        self.ready_connections.put(conn)
 
     def _keep(self, conn: Any) -> bool:
         """Keep a connection for its next request, and return True, or return False if the worker stops.
@@ -145,7 +190,7 @@ class Worker(ThreadWorker):
         A thread may register the connection with the poller while the main loop waits in the poller. Only the main loop
         counts connections and removes them from the poller.
         """
-        if conn.parser.unreader.buf.getvalue():  # the poller does not see a request that was read already
+        if conn.parser.unreader.has_more():  # the poller does not see what was read already
             self.ready_connections.put(conn)
             return True
         with self.keepalive_lock:
@@ -162,12 +207,20 @@ class Worker(ThreadWorker):
         With one client, passing the connection through the main loop took a quarter of the time of a read.
         """
         while (keep := super().handle(conn)) is True and self.alive:
-            if not self.ready_connections.empty() or not _has_next_request(conn):
+            if not self.ready_connections.empty() or not _sends_more(conn) or not self._is_request_there(conn):
                 break
         return keep
 
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Handle a request, without gunicorn's "100 Continue": the reader sends it if the body is welcome."""
+        req._expected_100_continue = False  # noqa: SLF001
+        return super().handle_request(req, conn)
+
     def finish_request(self, conn: Any, result: Any) -> None:
         """Keep or close a connection. gunicorn would block here until the client has closed its side too."""
+        if result and conn.parser.unreader.has_more():
+            self.ready_connections.put(conn)
+            return
         if result:
             future: Future[Any] = Future()  # gunicorn expects a Future, which its thread pool would return
             future.set_result(result)
@@ -198,7 +251,22 @@ class Worker(ThreadWorker):
     def murder_pending(self) -> None:
         """Close the connections whose timeout has passed."""
         super().murder_pending()
+        self._end_unfinished()
         while self.closing_connections and self.closing_connections[0].timeout < time.monotonic():
             conn = self.closing_connections.popleft()
             self.poller.unregister(conn.sock)
             self._forget(conn)
+
+    def _end_unfinished(self) -> None:
+        """Answer requests that are unfinished after their time, once a second."""
+        if (now := time.monotonic()) < self.next_check:
+            return
+        self.next_check = now + 1
+        with self.keepalive_lock:
+            late = [conn for conn in self.unfinished if min(conn.timeout, self.request_deadline) < now]
+        for conn in late:
+            self.poller.unregister(conn.sock)
+            self.unfinished.remove(conn)
+            with suppress(OSError):
+                util.write_error(conn.sock, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_TIMEOUT.phrase, "")
+            self.finish_request(conn, result=False)
