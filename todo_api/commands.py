@@ -30,7 +30,7 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         _exit_on_signals()
         try:
             variables, rest = database.libpq_variables(startup.ensure_server(settings))
-            program = embedded.psql()
+            program = embedded.psql(settings.postgres_bin)
         except config.StartError as error:
             startup.fail(error)
         config.set_libpq_variables(variables)

@@ -30,6 +30,7 @@ class Settings:
     database_pooler: bool = False
     migration_database_url: str = ""
     data_dir: Path = ROOT / ".data"
+    postgres_bin: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     web_concurrency: int = 1
@@ -78,6 +79,7 @@ def _read() -> Settings:
         migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_check_database_url),
         # A relative path is relative to the project, not to the current folder.
         data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_check_home).expanduser(),
+        postgres_bin=_folder(env.path("POSTGRES_BIN", None, validate=_check_home)),
         host=env.str("HOST", Settings.host, validate=_check_address),
         port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=validate.Range(1, 256)),
@@ -116,6 +118,10 @@ def _check_home(path: Path) -> None:
         path.expanduser()
     except RuntimeError as error:  # "~name" for an unknown user
         raise ValidationError(f"{error}") from error
+
+
+def _folder(path: Path | None) -> Path | None:
+    return path and ROOT / path.expanduser()
 
 
 _MAX_PREFIX_LENGTH = 100

@@ -39,7 +39,7 @@ def ensure_server(settings: Settings) -> str:
 
     """
     if not settings.database_url:
-        return embedded.start(settings.data_dir)
+        return embedded.start(settings.data_dir, settings.postgres_bin)
     database.check_url("DATABASE_URL", settings.database_url)
     return settings.database_url
 

@@ -11,7 +11,7 @@ import psutil
 from tests.support.environment import environment
 from tests.support.optional_tools import program
 from todo_api.database.connection import OPTIONS
-from todo_api.embedded import cluster
+from todo_api.embedded import programs
 
 from .candidates import Candidate
 from .operations import Operation, for_pgbench
@@ -55,7 +55,16 @@ def wrk(candidate: Candidate, operation: Operation, load: Load) -> Result:
 def pgbench(conninfo: str, operation: Operation, load: Load) -> float:
     """Run an operation's statement with pgbench, and return the number of executions per second."""
     script, variables = for_pgbench(operation)
-    command = [str(cluster.bin_folder() / "pgbench"), "-n", "-M", "prepared", "-f", "-", "-c", str(load.connections)]
+    command = [
+        str(programs.find(None).folder / "pgbench"),
+        "-n",
+        "-M",
+        "prepared",
+        "-f",
+        "-",
+        "-c",
+        str(load.connections),
+    ]
     command += ["-j", str(min(load.connections, psutil.cpu_count() or 1)), "-T", str(load.seconds)]
     command += [f"--define={name}={value}" for name, value in variables.items()]
     run = subprocess.run(

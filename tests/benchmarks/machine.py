@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from todo_api.embedded import cluster
+from todo_api.embedded import programs
 
 
 def describe() -> str:
@@ -14,7 +14,7 @@ def describe() -> str:
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     [model, *_] = [*re.findall(r"^model name\s*: (.*)", text, re.MULTILINE), platform.machine()]
     memory = psutil.virtual_memory().total / 2**30
-    version = Path(cluster.bin_folder() / "../include/pg_config.h")
+    version = Path(programs.find(None).folder / "../include/pg_config.h")
     found = re.search(r'PG_VERSION "([\d.]+)"', version.read_text()) if version.exists() else None
     postgres = f"PostgreSQL {found[1]}" if found else "the embedded PostgreSQL"
     return f"{model}, {psutil.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {postgres}"

@@ -13,9 +13,9 @@ from psycopg.rows import TupleRow
 
 from tests.support.fixtures import Create
 from tests.support.psql import run_psql
-from todo_api.embedded import cluster
+from todo_api.embedded import programs
 
-PSQL = str(cluster.bin_folder() / "psql")  # one psql is enough: the server checks the constraints
+PSQL = str(programs.find(None).folder / "psql")  # one psql is enough: the server checks the constraints
 WHITE_SPACE = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
 LAST_CODE_POINT = chr(sys.maxunicode)
 

@@ -4,10 +4,9 @@ import os
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,45 +14,29 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.environment import ROOT, environment
+from tests.support.embedded import (
+    AS_USER,
+    BIN,
+    NOBODY,
+    assert_failed_with_one_line,
+    copy,
+    create_task,
+    has_task,
+    owner,
+    permissions,
+    query,
+    socket_folder,
+    stop_all,
+)
+from tests.support.environment import ROOT
 from tests.support.fixtures import Start
 from tests.support.processes import postmaster_in, servers_in, wait_until
 from tests.support.service import Service
 from todo_api.config import StartError
 from todo_api.embedded import cluster
+from todo_api.embedded.programs import Programs
 
 SPECIAL_NAME = """it's "my" $(touch pwned); `x` é"""
-NOBODY = 65534
-
-# Precedes the commands that root must run as another user. The capability lets that user read closed folders, in which
-# the interpreter or the tests' folder may be. It does not let the user write there.
-AS_USER = (
-    [
-        "setpriv",
-        f"--reuid={NOBODY}",
-        f"--regid={NOBODY}",
-        "--clear-groups",
-        "--inh-caps=+dac_read_search",
-        "--ambient-caps=+dac_read_search",
-    ]
-    if os.geteuid() == 0
-    else []
-)
-
-
-@pytest.fixture(scope="module")
-def stopped_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a DATA_DIR whose server was stopped. Tests copy it, because a first start takes longer."""
-    data_dir = tmp_path_factory.mktemp("stopped") / "data"
-    service = Service(data_dir.with_name("log"), DATA_DIR=data_dir).wait()
-    assert service.stop() == 0
-    return data_dir
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path, stopped_data_dir: Path) -> Path:
-    """Return a DATA_DIR for one test, which was in use before."""
-    return copy(stopped_data_dir, tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
@@ -79,64 +62,6 @@ def special_folder_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield service
         assert service.stop() == 0
     assert servers_in(folder) == []
-
-
-def copy(source: Path, target: Path) -> Path:
-    """Copy a folder with the owners and modes of its files, and return the path of the copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["cp", "-a", source, target], check=True)
-    return target
-
-
-def create_task(service: Service) -> int:
-    """Create a task and return its id."""
-    response = service.client.post("/api/tasks", json={"title": "Buy milk"})
-    assert response.status_code == 201, response.text
-    task_id: int = response.json()["id"]
-    return task_id
-
-
-def has_task(service: Service, task_id: int) -> bool:
-    """Return whether the service has a task with this id."""
-    return service.answers(f"/api/tasks/{task_id}")
-
-
-def stop_all(services: Iterable[Service]) -> list[int]:
-    """Stop services at the same time and return their exit statuses."""
-    for service in services:
-        service.process.terminate()
-    return [service.stop() for service in services]
-
-
-def psql_line(service: Service) -> str:
-    """Return the psql line that the service logs at each start, from the last start in the log."""
-    lines: list[str] = re.findall(r"to use PostgreSQL with psql: (.*)", service.log())
-    return lines[-1]
-
-
-def socket_folder(service: Service) -> Path:
-    """Return the socket folder that the psql line names."""
-    match = re.search(r"host=(\S+)", psql_line(service))
-    assert match
-    return Path(match[1])
-
-
-def query(service: Service, sql: str) -> str:
-    """Run a query with the psql line, pasted into a shell, and return its output."""
-    command = f"{psql_line(service)} -X -A -t -c '{sql}'"
-    result = subprocess.run(["sh", "-c", command], env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-def owner(path: Path) -> int:
-    """Return the id of the user who owns a file."""
-    return path.lstat().st_uid
-
-
-def permissions(path: Path) -> int:
-    """Return the permission bits of a file."""
-    return stat.S_IMODE(path.lstat().st_mode)
 
 
 # ---- the folder and its socket
@@ -235,14 +160,6 @@ def test_a_folder_with_a_line_break_fails_with_one_line(tmp_path: Path, start: S
     service = start(DATA_DIR=tmp_path / "two\nlines")
     assert service.process.wait(timeout=30) != 0
     assert_failed_with_one_line(service, "newline")
-
-
-def assert_failed_with_one_line(service: Service, *parts: str) -> None:
-    """Check that a failed start logs one line with these parts, and no traceback."""
-    lines = [line for line in service.log().splitlines() if line.startswith("todo_api: ")]
-    assert len(lines) == 1, service.log()
-    assert [part for part in parts if part not in lines[0]] == []
-    assert "Traceback" not in service.log()
 
 
 def test_data_dir_is_not_created_if_database_url_is_set(tmp_path: Path, start: Start, database_url: str) -> None:
@@ -370,7 +287,16 @@ def test_a_manually_started_server_is_used_and_its_socket_folder_is_kept(
         sockets.chmod(0o777)
         owner_prefix = AS_USER if owner(data_dir / "postgres") != os.geteuid() else []
         manual_server = subprocess.Popen(
-            [*owner_prefix, cluster.bin_folder() / "postgres", "-D", data_dir / "postgres", "-h", "", "-k", sockets],
+            [
+                *owner_prefix,
+                BIN / "postgres",
+                "-D",
+                data_dir / "postgres",
+                "-h",
+                "",
+                "-k",
+                sockets,
+            ],
             cwd="/",
             stderr=subprocess.DEVNULL,
         )
@@ -417,7 +343,7 @@ def test_the_server_does_not_run_as_root_and_no_other_folder_changes(tmp_path: P
     closed.mkdir(parents=True)
     for folder in (closed, closed.parent):
         folder.chmod(0o700)
-    other_folders = [closed, *closed.parents, ROOT, cluster.bin_folder(), *cluster.bin_folder().parents]
+    other_folders = [closed, *closed.parents, ROOT, BIN, *BIN.parents]
     before = [(path, owner(path), permissions(path)) for path in other_folders]
 
     service = start(DATA_DIR=closed / "data").wait()
@@ -456,11 +382,12 @@ def test_the_service_works_for_a_user_other_than_root(tmp_path: Path, start: Sta
     ("lines", "expected"),
     [
         (["LOG: starting", "FATAL: first", "FATAL: second", "LOG: shut down"], "FATAL: second"),
+        (["FATAL:  a", "x DETAIL:  b", "\tc", "x HINT:  d", "LOG:  e"], "FATAL:  a DETAIL:  b \tc HINT:  d"),
         (["LOG: starting", "postgres: unknown option"], "postgres: unknown option"),
         ([], "it left no message"),
     ],
 )
-def test_the_last_error_is_the_last_fatal_line_or_else_the_last_line(
+def test_the_last_error_is_the_last_fatal_line_with_its_details_or_else_the_last_line(
     lines: list[str], expected: str, tmp_path: Path
 ) -> None:
     log_file = cluster.log_of(tmp_path / "postgres")
@@ -468,9 +395,7 @@ def test_the_last_error_is_the_last_fatal_line_or_else_the_last_line(
     assert cluster.last_error(tmp_path / "postgres") == f"{expected} ({log_file})"
 
 
-def test_a_path_of_the_programs_with_special_characters_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "bin_folder", lambda: Path('/my "$HOME"/bin'))
+def test_a_path_of_the_programs_with_special_characters_is_rejected(tmp_path: Path) -> None:
+    programs = Programs(Path('/my "$HOME"/bin'), 18)
     with pytest.raises(StartError, match=re.escape(' to a shell, which does not take " $ literally; ')):
-        cluster.create(tmp_path / "postgres", lock=-1)
+        cluster.create(tmp_path / "postgres", programs, lock=-1)

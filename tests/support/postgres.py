@@ -6,7 +6,7 @@ from pathlib import Path
 import psycopg
 
 from tests.support.processes import wait_until
-from todo_api.embedded import cluster, socket_folder
+from todo_api.embedded import cluster, locks, programs, socket_folder
 
 # Tests kill processes, and never cut the power. On a busy disk, a commit that waits for fsync can take a second, and
 # get a 503 that no test expects.
@@ -25,7 +25,7 @@ class Postgres:
         self.cluster = folder.resolve() / "postgres"
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            cluster.create(self.cluster, lock.fileno())
+            cluster.create(self.cluster, programs.find(None), lock.fileno())
         with (self.cluster / "postgresql.conf").open("a", encoding="utf-8") as settings:
             settings.write(SETTINGS)
         self.conninfo = f"host={self.cluster} port={socket_folder.PORT} user=postgres dbname=postgres"
@@ -33,7 +33,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
-        self.process = cluster.launch(self.cluster, self.cluster)
+        self.process = cluster.launch(self.cluster, self.cluster, programs.find(None))
         wait_until(self.answers)
 
     def answers(self) -> bool:
@@ -51,7 +51,8 @@ class Postgres:
 
     def stop(self) -> None:
         """Shut the server down."""
-        cluster.stop(self.cluster)
+        with locks.server_lock(self.cluster.parent) as lock:
+            cluster.stop(self.cluster, lock)
 
 
 def connections(postgres: Postgres) -> int:

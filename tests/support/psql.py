@@ -9,9 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from tests.support.environment import ROOT, environment
-from todo_api.embedded import cluster
+from todo_api.embedded import programs
 
-PSQLS = sorted({str(cluster.bin_folder() / "psql"), *filter(None, [shutil.which("psql")])})
+PSQLS = sorted({str(programs.find(None).folder / "psql"), *filter(None, [shutil.which("psql")])})
 NULL = "(null)"
 
 

@@ -13,7 +13,7 @@ import psycopg
 
 from tests.support.postgres import Postgres
 from tests.support.processes import free_port, postmaster_in, servers_in, wait_until
-from todo_api.embedded import cluster, socket_folder
+from todo_api.embedded import cluster, programs, socket_folder
 
 SETTINGS = """
 dynamic_shared_memory_type = mmap  # a killed server would leave other shared memory in /dev/shm
@@ -44,7 +44,7 @@ class Server(Postgres):
         """Make a new copy of the primary, and start as its standby."""
         owner = primary.cluster.stat()
         shutil.rmtree(self.cluster, ignore_errors=True)
-        cluster.run(
+        programs.find(None).run(
             "pg_basebackup",
             f"--dbname={primary.conninfo}",
             f"--pgdata={self.cluster}",

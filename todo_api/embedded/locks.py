@@ -1,0 +1,137 @@
+"""The lock files in DATA_DIR.
+
+``start.lock``: one process at a time starts or stops the server. ``users.lock``: each process that uses the server
+shares it. ``server.lock``: the server itself holds it, because each of its processes inherits the open file. The kernel
+releases it when the last of these processes ends. So "held" means that the server is alive, even if it runs in another
+container, where its processes cannot be seen.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from todo_api.config import StartError
+
+_SERVER = "server.lock"
+
+
+def take(path: Path, kind: int) -> int:
+    """Open and lock a file, and return the file descriptor, which keeps the lock until it is closed.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and ``kind`` has LOCK_NB.
+        StartError: the file system has no locks.
+
+    """
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError as error:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()  # if it is new
+        raise StartError(
+            f"DATA_DIR {path.parent} is on a file system without file locks ({error.strerror}), so that nothing would "
+            "keep two servers from one cluster: set DATA_DIR to a folder on another file system, or set DATABASE_URL"
+        ) from error
+    return descriptor
+
+
+@contextmanager
+def taken(path: Path, kind: int) -> Iterator[int]:
+    """Hold a lock on a file; yields the file descriptor."""
+    descriptor = take(path, kind)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a lock file, without locking it; yields the file descriptor."""
+    descriptor = _open(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class ServerLock:
+    """An open ``server.lock``, to see whether the server lives. It works even after the folder was moved or deleted."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Open the file."""
+        self.descriptor = _open(data_dir / _SERVER)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
+    def is_of(self, data_dir: Path) -> bool:
+        """Return whether the folder still is the one in which this file was opened."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), (data_dir / _SERVER).stat())
+        except FileNotFoundError:
+            return False
+
+    def is_held(self) -> bool:
+        """Return whether a process of the server is alive."""
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        return False
+
+    def postmaster(self) -> psutil.Process | None:
+        """Return the server's first process, if it is alive and can be seen from here."""
+        recorded = os.pread(self.descriptor, 1000, 0).decode(errors="replace")
+        pid = recorded.partition(" ")[0]
+        if not pid.isdecimal() or recorded != _identity(int(pid)) or not self.is_held():
+            return None
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if process.status() != psutil.STATUS_ZOMBIE:  # in a container no parent may reap it
+                return process
+        return None
+
+
+@contextmanager
+def server_lock(data_dir: Path) -> Iterator[ServerLock]:
+    """Open ``server.lock`` for the time of a block."""
+    lock = ServerLock(data_dir)
+    try:
+        yield lock
+    finally:
+        lock.close()
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def record(descriptor: int, pid: int) -> None:
+    """Write into ``server.lock`` which process is the server's first."""
+    os.pwrite(descriptor, _identity(pid).encode(), 0)
+
+
+def _identity(pid: int) -> str:
+    """Return what tells a process from all others: its id, its start (in clock ticks) and the namespace of its id.
+
+    All users can read these. The working directory of another user's process takes a capability, which root in a
+    container lacks.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return f"{pid} {stat.rpartition(')')[2].split()[19]} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
