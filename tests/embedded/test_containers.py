@@ -5,13 +5,12 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.containers import FEW_CAPABILITIES, container, stop
 from tests.support.embedded import assert_failed_with_one_line, copy, create_task, has_task
 from tests.support.fixtures import Start
-from tests.support.processes import postmaster_in, servers_in, wait_until
+from tests.support.processes import children, postmaster_in, servers_in, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has these capabilities")
 
@@ -150,9 +149,8 @@ def test_a_stop_that_cannot_stop_the_server_says_so(open_folder: Path, data_dir:
     first = start(
         DATA_DIR=data_dir, prefix=[*container(open_folder / "tmp"), "sh", "-c", '"$@"; sleep 600', "sh"]
     ).wait()
-    [shell] = psutil.Process(first.process.pid).children()
-    for process in shell.children(recursive=True):
-        if process.name() != "postgres":
+    for process, name in children(first.process.pid, recursive=True).items():
+        if name.startswith("python"):
             process.kill()
     second = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
     assert stop(second) == 0

@@ -64,7 +64,8 @@ def _start(setting: Path, postgres_bin: Path | None) -> str:
     if setting in _served:
         # A new cluster would be empty. The folder may come back: it was moved, or its file system is not mounted.
         if not (cluster / "PG_VERSION").exists():
-            raise StartError(f"DATA_DIR {data_dir}: the cluster with the tasks is not there any more; put it back")
+            _abandon(setting)
+            raise StartError(f"DATA_DIR {data_dir}: the cluster is gone; the service continues when it is back")
     else:
         clusters.as_owner(cluster, found)  # before anything is created
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if socket_folder.is_root() else 0o700)
@@ -100,15 +101,18 @@ def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
     if setting not in _users and setting not in _served:
         _users[setting] = locks.take(data_dir / "users.lock", fcntl.LOCK_SH)
         atexit.register(_leave, setting)
-    known = _servers.get(setting)
-    if known and not known.is_of(data_dir):
-        # A copy was put in the place of a folder that was deleted or moved, and connections to that one's server would
-        # write what nobody finds again.
-        clusters.stop(data_dir / "postgres", known)
-        known.close()
-        known = None
-    _servers[setting] = known or locks.ServerLock(data_dir)
+    if setting in _servers and not _servers[setting].is_of(data_dir):  # a copy has replaced the folder
+        _abandon(setting)
+    if setting not in _servers:
+        _servers[setting] = locks.ServerLock(data_dir)
     return _servers[setting]
+
+
+def _abandon(setting: Path) -> None:
+    """End the server whose folder is gone: what it still writes is lost, or damages a copy that replaces the folder."""
+    if lock := _servers.pop(setting, None):
+        clusters.abandon(lock)
+        lock.close()
 
 
 def _leave(setting: Path) -> None:
@@ -121,18 +125,26 @@ def _leave(setting: Path) -> None:
     cluster = data_dir / "postgres"
     # If the folder was deleted, there is no lock to take: no other process can start a server in it.
     with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) if cluster.exists() else nullcontext():
-        _stop_unused(cluster, _users.pop(setting), _servers[setting])
-        if cluster.exists() and not _servers[setting].is_of(data_dir):  # a worker has started a server in a copy
-            with locks.server_lock(data_dir) as lock, locks.opened(data_dir / "users.lock") as users:
-                _stop_unused(cluster, users, lock)
+        if not _is_last(_users.pop(setting)):
+            return
+        if setting in _servers and not _servers[setting].is_of(data_dir):
+            _abandon(setting)
+            if cluster.exists():  # a copy; a worker may have started a server in it
+                with locks.opened(data_dir / "users.lock") as users:
+                    if not _is_last(users):
+                        return
+                _servers[setting] = locks.ServerLock(data_dir)
+        if setting in _servers:
+            clusters.stop(cluster, _servers[setting])
 
 
-def _stop_unused(cluster: Path, users: int, lock: locks.ServerLock) -> None:
+def _is_last(users: int) -> bool:
+    """Return whether no other process holds the lock on users.lock."""
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return
-    clusters.stop(cluster, lock)
+        return False
+    return True
 
 
 def _forget_users() -> None:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -143,6 +144,20 @@ def stop(cluster: Path, lock: locks.ServerLock) -> None:
         time.sleep(0.02)
     if folder:
         socket_folder.remove(folder, cluster)
+
+
+def abandon(lock: locks.ServerLock) -> None:
+    """End a server whose folder was moved or deleted, without its last checkpoint.
+
+    PostgreSQL writes global/pg_control to the path with which it was started, even if its folder was moved. A copy that
+    is at this path by now would be damaged.
+    """
+    if postmaster := lock.postmaster():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            postmaster.send_signal(signal.SIGQUIT)  # PostgreSQL's immediate shutdown, as if it had crashed
+    deadline = time.monotonic() + _ORPHANS_TIMEOUT
+    while lock.is_held() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def postmasters(cluster: Path, lock: locks.ServerLock) -> list[psutil.Process]:
