@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import tempfile
 import threading
 from typing import NoReturn
 
@@ -26,9 +27,21 @@ def fail(reason: object) -> NoReturn:
 def load_settings() -> Settings:
     """Return the settings, or end the process if they cannot be read or one of them is invalid."""
     try:
-        return config.load()
+        settings = config.load()
+        _ensure_temporary_folder(settings)
     except StartError as error:
         fail(error)
+    return settings
+
+
+def _ensure_temporary_folder(settings: Settings) -> None:
+    """Use a folder in DATA_DIR if no temporary folder is writable, as on a read-only system: gunicorn needs one."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        if settings.database_url:
+            raise StartError("no temporary folder is writable: set TMPDIR to a folder that is") from error
+        tempfile.tempdir = str(embedded.temporary_folder(settings.data_dir))
 
 
 def ensure_server(settings: Settings) -> str:

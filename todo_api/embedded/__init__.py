@@ -68,7 +68,7 @@ def _start(setting: Path, postgres_bin: Path | None) -> str:
             raise StartError(f"DATA_DIR {data_dir}: the cluster is gone; the service continues when it is back")
     else:
         clusters.as_owner(cluster, found)  # before anything is created
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o711 if socket_folder.is_root() else 0o700)
+        _create_folder(data_dir)
     with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) as lock:
         server_lock = _join(setting, data_dir)
         if cluster.exists():
@@ -81,6 +81,27 @@ def _start(setting: Path, postgres_bin: Path | None) -> str:
         log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
         _served.add(setting)
     return conninfo
+
+
+def temporary_folder(data_dir: Path) -> Path:
+    """Return a folder in DATA_DIR for temporary files.
+
+    Raises:
+        StartError: it cannot be created.
+
+    """
+    folder = data_dir / "tmp"
+    try:
+        _create_folder(data_dir)
+        _create_folder(folder)
+    except OSError as error:
+        raise StartError(f"DATA_DIR {data_dir}: {error}") from error
+    return folder
+
+
+def _create_folder(folder: Path) -> None:
+    # If root starts the service, the server's user has to enter the folder.
+    folder.mkdir(parents=True, exist_ok=True, mode=0o711 if socket_folder.is_root() else 0o700)
 
 
 def psql(postgres_bin: Path | None = None) -> str:

@@ -1,0 +1,207 @@
+"""Users, permissions, disks and file systems with which the first start works, or fails with one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.containers import container
+from tests.support.embedded import (
+    AS_USER,
+    NOBODY,
+    assert_failed_with_one_line,
+    copy,
+    create_task,
+    has_task,
+    permissions,
+    socket_folder,
+    stop_all,
+)
+from tests.support.fixtures import Start
+from tests.support.optional_tools import missing, program
+from tests.support.processes import servers_in
+
+UNKNOWN = 4711  # a user id without an entry in /etc/passwd
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change owners and mount file systems")
+
+
+def as_user(user: int) -> list[str]:
+    """Return what precedes a command so that it runs as another user, who can read closed folders."""
+    return [part.replace(str(NOBODY), str(user)) for part in AS_USER]
+
+
+# Answers a system call with an error, as a kernel or a file system without it does. Arguments: its number, the error.
+REFUSING = [
+    sys.executable,
+    "-c",
+    """
+import ctypes, os, struct, sys
+call, error = int(sys.argv[1]), int(sys.argv[2])
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, call), (6, 0, 0, 0x50000 | error), (6, 0, 0, 0x7fff0000)]
+code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+buffer = ctypes.create_string_buffer(code)
+filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(rules), ctypes.addressof(buffer)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 or True
+assert libc.prctl(22, 2, filter, 0, 0) == 0, os.strerror(ctypes.get_errno())
+os.execvp(sys.argv[3], sys.argv[3:])
+""",
+]
+FLOCK = {"x86_64": 73, "aarch64": 32}
+
+
+# ---- users and permissions
+
+
+@as_root
+def test_a_user_without_a_passwd_entry_can_make_a_first_start(open_folder: Path, start: Start) -> None:
+    os.chown(open_folder, UNKNOWN, UNKNOWN)
+    for _ in range(2):
+        service = start(DATA_DIR=open_folder / "data", prefix=as_user(UNKNOWN)).wait()
+        assert has_task(service, create_task(service))
+        assert {file.lstat().st_uid for file in (open_folder / "data").rglob("*")} == {UNKNOWN}
+        assert service.stop() == 0
+    assert servers_in(open_folder) == []
+
+
+@as_root
+def test_a_user_without_a_passwd_entry_and_without_user_namespaces_fails_with_one_line(
+    open_folder: Path, start: Start
+) -> None:
+    os.chown(open_folder, UNKNOWN, UNKNOWN)
+    unshare = {"x86_64": 272, "aarch64": 97}[os.uname().machine]  # Docker refuses it
+    service = start(DATA_DIR=open_folder / "data", prefix=[*as_user(UNKNOWN), *REFUSING, str(unshare), "1"])
+    assert service.process.wait(timeout=60) == 3
+    assert_failed_with_one_line(service, f"the user id {UNKNOWN} has no entry in /etc/passwd", "DATABASE_URL")
+    assert not (open_folder / "data" / "postgres").exists()
+
+
+def test_a_cluster_that_was_opened_to_its_group_is_closed_again(tmp_path: Path, data_dir: Path, start: Start) -> None:
+    subprocess.run(["chmod", "-R", "g+rwX,g+s", data_dir], check=True)  # as Kubernetes' fsGroup does
+    service = start(DATA_DIR=data_dir).wait()
+    assert has_task(service, create_task(service))
+    assert permissions(data_dir / "postgres") == 0o700
+    assert service.stop() == 0
+
+
+@as_root
+def test_a_cluster_of_another_user_is_named_with_whose_it_must_be(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    copied = copy(stopped_data_dir, open_folder / "by_root")
+    subprocess.run(["chown", "-R", "root:root", copied], check=True)
+    foreign = copy(stopped_data_dir, open_folder / "foreign")
+    foreign.chmod(0o777)
+    subprocess.run(["chown", "-R", f"{UNKNOWN}:{UNKNOWN}", foreign / "postgres"], check=True)
+    by_root, by_nobody = start(DATA_DIR=copied), start(DATA_DIR=foreign, prefix=AS_USER)
+    assert [by_root.process.wait(timeout=60), by_nobody.process.wait(timeout=60)] == [3, 3]
+    assert_failed_with_one_line(by_root, "belongs to root", f"chown -R {NOBODY}:{NOBODY} {copied}/postgres")
+    assert_failed_with_one_line(by_nobody, f"the id {UNKNOWN}; it must belong to nobody (id {NOBODY})", "chown -R")
+
+
+@as_root
+def test_details_and_hints_of_postgres_are_in_the_line(data_dir: Path, start: Start) -> None:
+    (data_dir / "postgres" / "PG_VERSION").write_text("12\n")
+    service = start(DATA_DIR=data_dir)
+    assert service.process.wait(timeout=60) == 3
+    assert_failed_with_one_line(
+        service, "FATAL: ", "DETAIL: The data directory was initialized by PostgreSQL version 12"
+    )
+
+
+# ---- disks and file systems
+
+
+@pytest.mark.parametrize("room", [0, 4])
+def test_a_disk_that_is_full_at_the_start_is_named(
+    room: int, open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = open_folder / "data"
+    data_dir.mkdir()
+    fill = f'cp -a "{stopped_data_dir}/." "{data_dir}"; head -c {room}k /dev/zero >"{data_dir}/room"'
+    fill += f'; cat /dev/zero >"{data_dir}/ball" 2>/dev/null || rm "{data_dir}/room"'
+    mount = f'mount -t tmpfs -o size=100m tmpfs "{data_dir}"; {fill}'
+    service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False))
+    assert service.process.wait(timeout=60) == 3
+    assert_failed_with_one_line(service, "No space left on device", str(data_dir))
+
+
+def test_a_read_only_system_without_a_temporary_folder_uses_data_dir(open_folder: Path, start: Start) -> None:
+    data_dir = open_folder / "data"
+    data_dir.mkdir()
+    mount = f"mount -t tmpfs tmpfs {data_dir}; unset TMPDIR; mount -o remount,bind,ro /"
+    mount += '; mount -o remount,ro "$0"'
+    service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False)).wait()
+    assert has_task(service, create_task(service))
+    assert service.stop() == 0
+    assert "Traceback" not in service.log()
+
+
+@pytest.mark.parametrize("error", [37, 38, 95], ids=["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_refused(error: int, tmp_path: Path, start: Start) -> None:
+    call = FLOCK.get(os.uname().machine) or missing("the number of flock() on this machine is not known")
+    service = start(DATA_DIR=tmp_path / "data", prefix=[*REFUSING, str(call), str(error)])
+    assert service.process.wait(timeout=60) == 3
+    assert_failed_with_one_line(service, f"DATA_DIR {tmp_path}/data", "without file locks", "DATABASE_URL")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def folder_without_sockets(open_folder: Path) -> Iterator[Path]:
+    """Mount a file system that has no sockets: SFTP, whose server is a child process."""
+    sftp = Path("/usr/lib/openssh/sftp-server")
+    sshfs = program("sshfs")
+    if not sftp.exists() or not os.access("/dev/fuse", os.W_OK):
+        missing("sftp-server or /dev/fuse is missing")
+    backing, mounted = open_folder / "backing", open_folder / "mounted"
+    backing.mkdir()
+    mounted.mkdir()
+    server = subprocess.Popen([sftp], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    options = "passive,allow_other,default_permissions,noforget"
+    client = subprocess.Popen(
+        [sshfs, f":{backing}", mounted, "-f", "-o", options], stdin=server.stdout, stdout=server.stdin
+    )
+    try:
+        subprocess.run(
+            ["timeout", "20", "sh", "-c", f'until mountpoint -q "{mounted}"; do sleep 0.1; done'], check=True
+        )
+        yield mounted
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=False)
+        for process in (client, server):
+            process.kill()
+            process.wait()
+
+
+@as_root
+def test_a_file_system_without_sockets_gets_a_private_socket_folder(
+    folder_without_sockets: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = folder_without_sockets / "data"
+    subprocess.run(["cp", "-a", stopped_data_dir, data_dir], check=True)
+    first = start(DATA_DIR=data_dir).wait()
+    second = start(DATA_DIR=data_dir).wait()
+    assert has_task(second, create_task(first))
+    folder = socket_folder(first)
+    assert not folder.is_relative_to(data_dir)
+    assert permissions(folder) == 0o700
+    assert stop_all([first, second]) == [0, 0]
+    assert not folder.exists()
+
+
+def test_a_failed_start_leaves_no_private_socket_folder(tmp_path: Path, stopped_data_dir: Path, start: Start) -> None:
+    data_dir = copy(stopped_data_dir, tmp_path / "one,two")
+    with (data_dir / "postgres" / "postgresql.conf").open("a") as settings:
+        settings.write("no_such_setting = 1\n")
+    temporary = Path(tempfile.mkdtemp(prefix="test-"))
+    temporary.chmod(0o755)
+    service = start(DATA_DIR=data_dir, TMPDIR=temporary)
+    assert service.process.wait(timeout=60) == 3
+    assert_failed_with_one_line(service, "contains errors")
+    assert [path for path in temporary.iterdir() if path.name.startswith("todo_api-")] == []
+    shutil.rmtree(temporary)
