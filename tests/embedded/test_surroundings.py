@@ -161,7 +161,8 @@ def folder_without_sockets(open_folder: Path) -> Iterator[Path]:
     backing, mounted = open_folder / "backing", open_folder / "mounted"
     backing.mkdir()
     mounted.mkdir()
-    server = subprocess.Popen([sftp], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    os.chown(backing, NOBODY, NOBODY)
+    server = subprocess.Popen([*AS_USER, sftp], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     options = "passive,allow_other,default_permissions,noforget"
     client = subprocess.Popen(
         [sshfs, f":{backing}", mounted, "-f", "-o", options], stdin=server.stdout, stdout=server.stdin
@@ -183,9 +184,10 @@ def test_a_file_system_without_sockets_gets_a_private_socket_folder(
     folder_without_sockets: Path, stopped_data_dir: Path, start: Start
 ) -> None:
     data_dir = folder_without_sockets / "data"
-    subprocess.run(["cp", "-a", stopped_data_dir, data_dir], check=True)
-    first = start(DATA_DIR=data_dir).wait()
-    second = start(DATA_DIR=data_dir).wait()
+    backing = copy(stopped_data_dir, folder_without_sockets.with_name("backing") / "data")
+    subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", backing], check=True)
+    first = start(DATA_DIR=data_dir, prefix=AS_USER).wait()
+    second = start(DATA_DIR=data_dir, prefix=AS_USER).wait()
     assert has_task(second, create_task(first))
     folder = socket_folder(first)
     assert not folder.is_relative_to(data_dir)
