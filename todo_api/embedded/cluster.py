@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # The user and group id of "nobody", which own no files. PostgreSQL does not run as root, so root runs it as this user.
 _NOBODY = 65534
 _STOP_TIMEOUT = 60  # seconds
+_FEWEST_CONNECTIONS = 100  # PostgreSQL's default
+_MOST_CONNECTIONS = 5000  # the server allocates memory for each at its start
 
 
 @cache
@@ -83,7 +85,7 @@ def create(cluster: Path, lock: int) -> None:
     fresh.rename(cluster)
 
 
-def launch(cluster: Path, folder: Path) -> subprocess.Popen[bytes]:
+def launch(cluster: Path, folder: Path, connections: int = 100) -> subprocess.Popen[bytes]:
     """Start the server with its socket in a folder, and return its process. Its output goes to the log file."""
     # No server is running, so these files are stale, even if another process now has the process id in them.
     for stale in (cluster / "postmaster.pid", folder / f"{socket_folder.SOCKET}.lock"):
@@ -103,6 +105,7 @@ def launch(cluster: Path, folder: Path) -> subprocess.Popen[bytes]:
                 f"--port={socket_folder.PORT}",
                 f'--unix-socket-directories="{quoted}"',
                 "--unix-socket-permissions=0700",
+                f"--max-connections={min(max(connections, _FEWEST_CONNECTIONS), _MOST_CONNECTIONS)}",
             ],
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -148,8 +151,8 @@ def postmasters(cluster: Path) -> list[psutil.Process]:
 
 def run(
     program: str, *arguments: str, before: Sequence[str] = (), lock: int | None = None, may_fail: bool = False
-) -> None:
-    """Run a program of PostgreSQL and wait for its end.
+) -> str:
+    """Run a program of PostgreSQL and return its output.
 
     ``before`` precedes the command. The program inherits the file descriptor ``lock``.
 
@@ -164,6 +167,20 @@ def run(
     )
     if done.returncode and not may_fail:
         raise StartError(f"{program} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def succeeds(command: Sequence[str]) -> bool:
+    """Return whether a command succeeds."""
+    try:
+        return not subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode
+    except OSError:
+        return False
+
+
+def error_output(command: Sequence[str]) -> str:
+    """Return the error output of a command."""
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
 
 
 def ping(conninfo: str) -> int:

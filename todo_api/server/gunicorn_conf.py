@@ -1,5 +1,6 @@
 """gunicorn's settings, for ``python wsgi.py`` and ``gunicorn -c python:todo_api.server.gunicorn_conf wsgi:app``."""
 
+import dataclasses
 import errno
 import logging
 import resource
@@ -60,12 +61,13 @@ def on_starting(server: Any) -> None:
     for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
         if isinstance(address, tuple):
             _wait_for_port(*address)
-    startup.prepare_or_fail(_settings)
+    cfg = server.cfg  # gunicorn's options, such as --threads, take precedence over the settings
+    startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
 
 
-def post_worker_init(_worker: Any) -> None:
+def post_worker_init(worker: Any) -> None:
     """Connect to the database before the first request, because after a reload requests arrive at once."""
-    database.fill_pools()
+    database.fill_pools(worker.cfg.threads)
 
 
 def when_ready(server: Any) -> None:
