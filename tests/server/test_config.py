@@ -191,3 +191,20 @@ def test_origins_are_separated_by_commas(project: Path) -> None:
 def test_a_relative_data_dir_is_in_the_project_and_a_tilde_is_the_home_folder(project: Path) -> None:
     assert settings(project, DATA_DIR="data").data_dir == project / "data"
     assert settings(project, DATA_DIR="~/data", HOME="/home/me").data_dir == Path("/home/me/data")
+
+
+@pytest.mark.parametrize("name", [".env", ".flaskenv"])
+@pytest.mark.parametrize("folder", ["outer", "outer/project/inner"], ids=["parent folder", "current folder"])
+def test_the_dotenv_of_another_project_is_not_read(project: Path, folder: str, name: str) -> None:
+    inner = project / "outer" / "project" / "inner"
+    inner.mkdir(parents=True)
+    for part in ("todo_api", "sql", "wsgi.py"):
+        (project / part).rename(inner.parent / part)
+    (project / folder / name).write_text("DATABASE_URL=wrong\nPORT=wrong\nPGHOST=wrong\nUSER_ID=stranger\n")
+    # The environment of the process still counts, even for a value that the file has too.
+    (inner.parent / ".env").write_text("HOST=::1\n")
+    script = "import os, todo_api.config as c; s = c.load(); print(s.host, s.user_id, s.port, os.environ.get('PGHOST'))"
+    (inner.parent / "probe.py").write_text(f"import sys; sys.path.insert(0, '..'); {script}; from wsgi import app\n")
+    done = run(inner, ["-m", "flask", "--app", "../probe", "openapi", "print"], USER_ID="stranger")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("::1 stranger 8000 None\n")
