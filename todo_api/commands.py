@@ -29,10 +29,13 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         """Run psql on the service's database. All arguments are passed to psql."""
         _exit_on_signals()
         try:
-            variables, rest = database.libpq_variables(startup.ensure_server(settings))
+            conninfo = startup.ensure_server(settings)
+            variables, rest = database.libpq_variables(conninfo)
             program = embedded.psql(settings.postgres_bin)
         except config.StartError as error:
             startup.fail(error)
+        if database.asks_for_tls(conninfo) and not embedded.has_tls(program):
+            startup.fail("DATABASE_URL requires TLS, which the bundled psql lacks: install the psql of your system")
         config.set_libpq_variables(variables)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for psql, which cancels its statement
         raise SystemExit(subprocess.call([program, *(["-d", rest] if rest else []), *arguments]))

@@ -2,12 +2,13 @@
 
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from dotenv import load_dotenv
+from dotenv import dotenv_values, find_dotenv, load_dotenv
 from environs import Env, ValidationError, validate
 from environs.exceptions import EnvError
 
@@ -62,6 +63,7 @@ def load() -> Settings:
 
 
 def _read() -> Settings:
+    _forget_other_dotenv()
     # load_dotenv puts the values of .env into the environment. So the loop below handles empty values from both.
     load_dotenv(ROOT / ".env")
     env = Env()
@@ -73,6 +75,7 @@ def _read() -> Settings:
             "URL_PREFIX and SCRIPT_NAME are both set: set URL_PREFIX if the proxy removes the prefix from the URL, and "
             "SCRIPT_NAME if it does not"
         )
+    _use_system_certificates()
     return Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_check_database_url),
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
@@ -148,6 +151,47 @@ def _check_prefix(prefix: str) -> None:
 def _check_text(text: str) -> None:
     if not text.isprintable():
         raise ValidationError("It must be printable text, in UTF-8.")
+
+
+def _forget_other_dotenv() -> None:
+    """Remove what the command ``flask`` has read from the .env of another project.
+
+    It reads the .env and the .flaskenv of the current folder or else of the nearest parent folder, before it imports
+    the application, and has no setting in a file that prevents that.
+    """
+    if "FLASK_RUN_FROM_CLI" not in os.environ or os.environ.get("FLASK_SKIP_DOTENV"):
+        return
+    files = {find_dotenv(name, usecwd=True) for name in (".flaskenv", ".env")} - {"", str(ROOT / ".env")}
+    others = {name: value for file in sorted(files) for name, value in dotenv_values(file).items()}
+    if not others:
+        return
+    try:
+        initial = {entry.partition(b"=")[0] for entry in Path("/proc/self/environ").read_bytes().split(b"\0")}
+    except OSError as error:  # not Linux
+        raise EnvError(f"flask has read {' and '.join(sorted(files))}: set FLASK_SKIP_DOTENV=1") from error
+    for name, value in others.items():
+        if os.fsencode(name) not in initial and os.environ.get(name) == value:
+            del os.environ[name]
+
+
+# Where distributions keep the certificates that they trust: Debian, Fedora, openSUSE, Alpine.
+_CERTIFICATES = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+]
+
+
+def _use_system_certificates() -> None:
+    """Set SSL_CERT_FILE, if it is not set, so that sslrootcert=system works.
+
+    The OpenSSL in psycopg's package looks for the system's certificates where no distribution has them.
+    """
+    if not os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"}:
+        known = [ssl.get_default_verify_paths().cafile or "", *_CERTIFICATES]
+        if found := next(filter(os.path.isfile, known), None):
+            os.environ["SSL_CERT_FILE"] = found
 
 
 def _default_concurrency() -> int:

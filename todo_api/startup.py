@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 _lock = threading.Lock()
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
 _migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
-_unreachable: set[Settings] = set()  # the settings whose database could not be reached at the start
+_unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
 
 
 def fail(reason: object) -> NoReturn:
@@ -52,7 +52,7 @@ def ensure_server(settings: Settings) -> str:
 
     """
     if not settings.database_url:
-        return embedded.start(settings.data_dir, settings.postgres_bin)
+        return embedded.start(settings.data_dir, settings.postgres_bin, _most_connections(settings))
     database.check_url("DATABASE_URL", settings.database_url)
     return settings.database_url
 
@@ -76,6 +76,8 @@ def prepare(settings: Settings) -> str:
             if settings.database_url and not settings.database_pooler:
                 _check_session_settings(conninfo)
             database.apply_migrations(settings.migration_database_url or conninfo)
+            if not settings.database_pooler:
+                _check_connection_limit(settings, conninfo)
             _migrated.add(conninfo)
         return conninfo
 
@@ -87,18 +89,36 @@ def _check_session_settings(conninfo: str) -> None:
         )
 
 
+def _most_connections(settings: Settings) -> int:
+    """Return how many connections the embedded server must allow."""
+    # During a reload, new workers run beside the old ones. Each may open one more connection to ask whether a silent
+    # server works. The rest is for psql.
+    return 2 * settings.web_concurrency * (settings.web_threads + 1) + 20
+
+
+def _check_connection_limit(settings: Settings, conninfo: str) -> None:
+    """Log a warning if the service may need more connections than the server allows."""
+    needed = settings.web_concurrency * settings.web_threads
+    if needed > (limit := database.connection_limit(conninfo)):
+        log.warning(
+            "%d workers of %d threads need %d database connections, but the server allows %d: "
+            "lower WEB_CONCURRENCY or WEB_THREADS, or raise the server's limit",
+            *(settings.web_concurrency, settings.web_threads, needed, limit),
+        )
+
+
 def prepare_or_fail(settings: Settings) -> None:
     """Prepare the database, or end the process if a person has to change something.
 
     If the database cannot be reached now, log that and return: the pool prepares it later. Processes that are forked
     after that return at once.
     """
-    if settings in _unreachable:
+    if settings.database_url in _unreachable:
         return  # gunicorn's master has waited and has logged it; its workers need not wait again
     try:
         prepare(settings)
     except StartError as error:
         fail(error)
     except database.UnavailableError as error:
-        _unreachable.add(settings)
+        _unreachable.add(settings.database_url)
         log.warning("the database cannot be reached yet: %s", str(error).partition("\n")[0])

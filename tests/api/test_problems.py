@@ -62,27 +62,31 @@ def test_an_id_beyond_64_bits_returns_404_or_405_without_a_database(disconnected
 
 @pytest.fixture(scope="module")
 def broken_service(tmp_path_factory: pytest.TempPathFactory, conninfo: str) -> Iterator[Service]:
-    """Run a service whose table lacks a column, so that its statements fail."""
+    """Run a service whose table has a trigger that fails."""
     with new_database(conninfo) as database:
         log = tmp_path_factory.mktemp("broken") / "log"
         service = Service(log, DATABASE_URL=as_url(database), WEB_CONCURRENCY=1).wait()
         with psycopg.connect(database) as db:
-            db.execute("ALTER TABLE tasks RENAME COLUMN completed TO done")
+            db.execute(
+                "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''of a trigger''; END';"
+                "CREATE TRIGGER fail BEFORE INSERT ON tasks EXECUTE FUNCTION fail()"
+            )
         yield service
         assert service.stop() == 0
 
 
 def test_a_bug_returns_500_and_only_the_log_has_its_traceback(broken_service: Service) -> None:
-    response = broken_service.client.get("/api/tasks", headers={"X-Request-ID": "find-me-in-the-log"})
+    headers = {"X-Request-ID": "find-me-in-the-log"}
+    response = broken_service.client.post("/api/tasks", json={"title": "Buy milk"}, headers=headers)
     problem = assert_problem(response, 500, "internal_error")
-    assert "completed" not in response.text
-    assert "SELECT" not in response.text
+    assert "trigger" not in response.text
+    assert "INSERT" not in response.text
     assert problem["instance"] == "/api/tasks"
     assert response.headers["X-Request-ID"] == "find-me-in-the-log"
     log = broken_service.log()
     assert "Traceback" in log
-    assert "UndefinedColumn" in log
-    assert "GET /api/tasks 500" in log
+    assert "RaiseException" in log
+    assert "POST /api/tasks 500" in log
 
 
 @pytest.fixture(scope="module")

@@ -208,3 +208,20 @@ def test_only_one_of_the_two_prefixes_can_be_set(project: Path) -> None:
     done = run(project, ["wsgi.py"], URL_PREFIX="/todo", SCRIPT_NAME="/todo")
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
     assert "URL_PREFIX and SCRIPT_NAME are both set" in done.stderr
+
+
+@pytest.mark.parametrize("name", [".env", ".flaskenv"])
+@pytest.mark.parametrize("folder", ["outer", "outer/project/inner"], ids=["parent folder", "current folder"])
+def test_the_dotenv_of_another_project_is_not_read(project: Path, folder: str, name: str) -> None:
+    inner = project / "outer" / "project" / "inner"
+    inner.mkdir(parents=True)
+    for part in ("todo_api", "sql", "wsgi.py"):
+        (project / part).rename(inner.parent / part)
+    (project / folder / name).write_text("DATABASE_URL=wrong\nPORT=wrong\nPGHOST=wrong\nUSER_ID=stranger\n")
+    # The environment of the process still counts, even for a value that the file has too.
+    (inner.parent / ".env").write_text("HOST=::1\n")
+    script = "import os, todo_api.config as c; s = c.load(); print(s.host, s.user_id, s.port, os.environ.get('PGHOST'))"
+    (inner.parent / "probe.py").write_text(f"import sys; sys.path.insert(0, '..'); {script}; from wsgi import app\n")
+    done = run(inner, ["-m", "flask", "--app", "../probe", "openapi", "print"], USER_ID="stranger")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("::1 stranger 8000 None\n")

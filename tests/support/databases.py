@@ -4,7 +4,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import psycopg
 from psycopg import sql
@@ -18,7 +18,7 @@ def as_url(conninfo: str) -> str:
     """Return a connection string as a URL for DATABASE_URL. If TEST_POOLER is set, the URL leads through PgBouncer."""
     if POOLER:
         conninfo = pgbouncer.shared(make_conninfo(conninfo, dbname=None)).in_front_of(conninfo)
-    return f"postgresql://?{urlencode(conninfo_to_dict(conninfo))}"
+    return f"postgresql://?{urlencode(conninfo_to_dict(conninfo), quote_via=quote)}"
 
 
 @contextmanager

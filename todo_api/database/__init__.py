@@ -11,12 +11,12 @@ from weakref import WeakSet
 import psycopg
 
 from todo_api.database import statements
-from todo_api.database.connection import has_session_settings
-from todo_api.database.errors import InvalidValueError, UnavailableError, translated
+from todo_api.database.connection import connection_limit, has_session_settings
+from todo_api.database.errors import InvalidValueError, UnavailableError, is_unprepared, translated
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
 from todo_api.database.statements import SEPARATOR
-from todo_api.database.url import check_url, libpq_variables
+from todo_api.database.url import asks_for_tls, check_url, libpq_variables
 
 __all__ = [
     "SEPARATOR",
@@ -24,7 +24,9 @@ __all__ = [
     "InvalidValueError",
     "UnavailableError",
     "apply_migrations",
+    "asks_for_tls",
     "check_url",
+    "connection_limit",
     "fill_pools",
     "has_session_settings",
     "libpq_variables",
@@ -49,6 +51,7 @@ class Database:
 
         """
         self._statements = statements.load()
+        self._unprepared: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
         self.pool = Pool(get_conninfo, connections, pooler=pooler)
         _databases.add(self)
 
@@ -80,19 +83,37 @@ class Database:
 
     def _fetch(self, name: str, sql: bytes, values: list[bytes]) -> tuple[bytes, ...] | None:
         try:
-            return self.pool.fetch(sql, values)
+            row = self.pool.fetch(sql, values)
+        except UnavailableError as error:
+            if not self.pool.outage.active:  # an outage is logged once, not for each statement
+                log.warning("%s: %s", name, error)
+            raise
         except psycopg.Error as error:
             if (known := translated(error)) is error:
                 raise  # a bug
-            # The error message is not logged, because it may contain data of a user.
-            log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
+            if is_unprepared(error):
+                self._record_unprepared(name, str(error).partition("\n")[0])
+            else:
+                # The error message is not logged, because it may contain data of a user.
+                log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
             raise known from error
+        if self._unprepared.pop(name, None):
+            log.warning("%s: the database has what the statement needs again", name)
+        return row
+
+    def _record_unprepared(self, name: str, reason: str) -> None:
+        """Record what the database lacks for a statement, and log each reason once. A reason contains names only."""
+        if reason not in self._unprepared.values():
+            log.error(
+                "%s: the database is not as the migrations left it; statements fail until it is: %s", name, reason
+            )
+        self._unprepared[name] = reason
 
 
-def fill_pools() -> None:
-    """Fill the pool of each Database in this process.
+def fill_pools(threads: int) -> None:
+    """Fill the pool of each Database in this process with a connection for each thread.
 
     A pool returns early if its server cannot be reached. The other pools are still filled.
     """
     for database in list(_databases):
-        database.pool.fill()
+        database.pool.fill(threads)

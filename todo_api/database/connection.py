@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL on which no statement waits for long, whatever happens to the server or the network."""
+"""A connection to PostgreSQL that notices if nothing arrives from the server."""
 
 import os
 import random
@@ -6,7 +6,9 @@ import select
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import psycopg
@@ -18,13 +20,15 @@ from todo_api.database import statements, url
 from todo_api.database.errors import UnavailableError
 from todo_api.database.outage import Outage
 
-STATEMENT_TIMEOUT = "5s"
+# A statement that takes longer is cancelled, even if the server works on it. The time includes the sending of the
+# result: 10 000 of the largest tasks are 90 MB.
+LONGEST_STATEMENT = 60  # seconds
 OPTIONS = " ".join(
     f"-c {option}"
     for option in (
-        "lock_timeout=500ms",
-        # Ends the statements of clients that have gone. It includes the time in which a large result is sent.
-        f"statement_timeout={STATEMENT_TIMEOUT}",
+        "todo.session=on",  # shows that the server has accepted these options
+        "lock_timeout=500ms",  # an error must reach the client within a second
+        f"statement_timeout={LONGEST_STATEMENT}s",
         # Uses a plan that suits all parameters, from the first execution on. A custom plan is faster for a few values,
         # but with a million rows it sometimes sorts all of them.
         "plan_cache_mode=force_generic_plan",
@@ -36,19 +40,16 @@ OPTIONS = " ".join(
     )
 )
 # Let the client notice a dropped connection, even if no statement waits on it.
-NETWORK: dict[str, Any] = {
-    "connect_timeout": 2,  # seconds; libpq accepts no less
+_NETWORK: dict[str, str | int] = {
     "keepalives_idle": 1,
     "keepalives_interval": 1,
     "keepalives_count": 1,
     "tcp_user_timeout": 2000,  # milliseconds
 }
-# A silent server makes a statement fail after 6 x 140 ms, plus up to 0.2 s for the request to cancel the statement. If
-# that request fails, the statement fails at once. Before all this, a statement waits up to 0.5 s for a connection from
-# the pool. Usually a connection is available, and an error reaches the client within a second.
+_CONNECT_TIMEOUTS = 2, 10  # seconds; libpq accepts no less than 2
+_ROUNDS = 3  # attempts to connect with and without our options
 _INTERVAL = 140  # milliseconds without a byte from the server
-_INTERVALS_TO_CANCEL = 4  # silent intervals after which the statement is cancelled
-_INTERVALS_TO_FAIL = 6  # silent intervals after which the connection is abandoned
+_INTERVALS_TO_FAIL = 6  # silent intervals after which a connection is abandoned, unless the caller decides otherwise
 _CANCEL_TIMEOUT = 0.2  # seconds
 _PAUSES = [
     *(0.001 * 2**n for n in range(7)),
@@ -66,18 +67,49 @@ class Unreplicated(psycopg.OperationalError):
     """The server stopped waiting for a synchronous standby. A failover could lose the committed transaction."""
 
 
-class Connection(psycopg.Connection[TupleRow]):
-    """A connection that cancels its statement if the server is silent, and fails if the server stays silent.
+class NetworkConnection(psycopg.Connection[TupleRow]):
+    """A connection with our network settings, except those that the URL, a service file or the environment sets."""
+
+    options = ""  # for the server
+    _patient = False  # whether the next attempt to connect waits longer
+
+    @classmethod
+    def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
+        """Return a connection.
+
+        If the timeout is ours, short and long attempts alternate as long as they fail. Short ones find the new primary
+        of a failover soon. Long ones reach a database that needs some seconds to wake up, or for each connection.
+        """
+        began = time.monotonic()
+        timeout = _CONNECT_TIMEOUTS[NetworkConnection._patient]
+        completed = url.with_defaults(conninfo, cls.options, connect_timeout=timeout, **_NETWORK)
+        try:
+            connection = super().connect(completed, fallback_application_name="todo_api", **kwargs)
+        except psycopg.Error as error:
+            if isinstance(error, psycopg.errors.ConnectionTimeout):
+                NetworkConnection._patient = not NetworkConnection._patient
+            # The frames of the traceback refer to each other and to the socket, which would stay open until Python
+            # collects garbage.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        NetworkConnection._patient = time.monotonic() - began > _CONNECT_TIMEOUTS[0]
+        return connection
+
+
+OnSilence = Callable[[int], None]  # called with the number of silent intervals
+
+
+class Connection(NetworkConnection):
+    """A connection that tells the caller if nothing arrives while a statement runs.
 
     psycopg opens and closes the connection. Statements go through psycopg.pq, its interface to libpq, for three
     reasons: parameters are texts, results are passed on as bytes, and the wait for a result has limits of its own.
     """
 
+    options = OPTIONS
     arguments: dict[str, Any] = {
         "autocommit": True,  # each statement is a transaction of its own
-        "application_name": "todo_api",
         "client_encoding": "UTF8",
-        **NETWORK,
     }
     _unreplicated = False
 
@@ -86,26 +118,14 @@ class Connection(psycopg.Connection[TupleRow]):
         """Return a connection that is ready for use.
 
         Besides psycopg's arguments, this accepts ``get_conninfo``, a function that returns the connection string, and
-        ``outage``, which records why a connection failed. The pool does not pass that reason on.
+        ``outage``, which records the attempt and why it failed. The pool does not pass that reason on.
         """
         get_conninfo: Callable[[], str] | None = kwargs.pop("get_conninfo", None)
         outage: Outage | None = kwargs.pop("outage", None)
-        try:
-            conninfo = get_conninfo() if get_conninfo else conninfo
-            connection = super().connect(cls.with_session_settings(conninfo), **kwargs)
+        with outage.attempt() if outage else nullcontext():
+            connection = super().connect(get_conninfo() if get_conninfo else conninfo, **kwargs)
             connection.configure()
-        except Exception as error:
-            if outage:
-                outage.record_failure(error)
-            raise
-        if outage:
-            outage.end()
-        return connection
-
-    @classmethod
-    def with_session_settings(cls, conninfo: str) -> str:
-        """Return a connection string with the settings of the session added."""
-        return url.with_options(conninfo, OPTIONS)
+            return connection
 
     def configure(self) -> None:
         """Prepare a new connection for use."""
@@ -122,24 +142,47 @@ class Connection(psycopg.Connection[TupleRow]):
         """
         return self.closed or bool(self._poll.poll(0))
 
-    def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
+    @property
+    def backend_pid(self) -> int:
+        """Return the id of the server's process, or 0 if it is unknown."""
+        return self.pgconn.backend_pid
+
+    def fetch(
+        self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence | None = None
+    ) -> tuple[bytes, ...] | None:
         """Run a statement and return its first row, or None if there is no row.
+
+        ``on_silence`` is called after each interval in which nothing arrives. It may cancel the statement or raise
+        Silence. Without it, the call fails after six such intervals.
 
         The statement is retried if PostgreSQL rolled it back in favour of another one. PostgreSQL does so to end a
         deadlock, and if the database's default isolation level is stricter than READ COMMITTED.
 
         Raises:
-            Silence: the server was silent for too long; the connection must be abandoned.
+            Silence: the server does not respond; the connection must be abandoned.
             Unreplicated: the synchronous standby may not have the commit.
             psycopg.Error: the statement failed.
 
         """
+        on_silence = on_silence or _give_up
         for pause in _PAUSES:
             try:
-                return self._fetch(sql, values)
+                return self._fetch(sql, values, on_silence)
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
                 time.sleep(random.uniform(0, pause))
-        return self._fetch(sql, values)
+        return self._fetch(sql, values, on_silence)
+
+    def cancel_statement(self) -> None:
+        """Ask the server to cancel the statement. It then ends with a result or an error, so its outcome is known.
+
+        Raises:
+            Silence: the server does not accept the request.
+
+        """
+        try:
+            self.cancel_safe(timeout=_CANCEL_TIMEOUT)
+        except psycopg.Error as error:
+            raise Silence("the server does not accept the request to cancel the statement") from error
 
     def abandon(self) -> None:
         """Close the connection and discard the data that was not sent yet."""
@@ -149,27 +192,27 @@ class Connection(psycopg.Connection[TupleRow]):
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.close()
 
-    def _fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
-        self._send(sql, values)
-        result = self._result()
+    def _fetch(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> tuple[bytes, ...] | None:
+        self._send(sql, values, on_silence)
+        result = self._result(on_silence)
         if not result.ntuples:
             return None
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
-    def _send(self, sql: bytes, values: Sequence[bytes]) -> None:
+    def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
         """Send a statement, prepared. There are few statements, so each is prepared once and kept."""
         name = self._names.get(sql)
         if name is None:
             name = f"todo_api_{len(self._names)}".encode()
             self.pgconn.send_prepare(name, sql)
-            self._result()
+            self._result(on_silence)
             self._names[sql] = name
         self.pgconn.send_query_prepared(name, values)
 
-    def _result(self) -> PGresult:
+    def _result(self, on_silence: OnSilence) -> PGresult:
         """Return the result of a statement after waiting for it."""
         results = []
-        while result := self._next_result():
+        while result := self._next_result(on_silence):
             results.append(result)
         for result in results:  # if the commit fails, an error follows the rows
             if result.status not in _SUCCESS:
@@ -179,7 +222,7 @@ class Connection(psycopg.Connection[TupleRow]):
             raise Unreplicated("the wait for a synchronous standby was cancelled")
         return results[0]
 
-    def _next_result(self) -> PGresult | None:
+    def _next_result(self, on_silence: OnSilence) -> PGresult | None:
         """Return the next result after waiting for it, or None after the last one."""
         pgconn = self.pgconn
         silent = 0  # intervals
@@ -190,18 +233,8 @@ class Connection(psycopg.Connection[TupleRow]):
                 pgconn.consume_input()
             else:
                 silent += 1
-                self._handle_silence(silent)
+                on_silence(silent)
         return pgconn.get_result()
-
-    def _handle_silence(self, intervals: int) -> None:
-        if intervals == _INTERVALS_TO_CANCEL:
-            # The statement then ends with a result or with the error that it was cancelled, so its outcome is known.
-            try:
-                self.cancel_safe(timeout=_CANCEL_TIMEOUT)
-            except psycopg.Error as error:
-                raise Silence("the server does not accept the request to cancel the statement") from error
-        if intervals == _INTERVALS_TO_FAIL:
-            raise Silence("the server does not respond")
 
     def _handle_notice(self, notice: psycopg.errors.Diagnostic) -> None:
         # PostgreSQL reports this with a warning. The warning's text depends on the language, its source does not.
@@ -211,26 +244,32 @@ class Connection(psycopg.Connection[TupleRow]):
 class PoolerConnection(Connection):
     """A connection to a pooler in transaction mode, without prepared statements and session settings."""
 
-    @classmethod
-    def with_session_settings(cls, conninfo: str) -> str:
-        """Return a connection string unchanged, because a pooler may reject session settings."""
-        return conninfo
+    options = ""  # a pooler may reject them
+    backend_pid = 0  # a pooler invents one
 
     def configure(self) -> None:
         """Prepare a new connection for use, and check that PostgreSQL can be reached."""
         super().configure()
         # A pooler accepts clients even if its server cannot be reached. Any statement shows that.
-        self.fetch(statements.load()["database/statement_timeout"].rows, [])
+        self.fetch(statements.load()["database/session"].rows, [])
 
-    def _send(self, sql: bytes, values: Sequence[bytes]) -> None:
+    def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
         """Send a statement without preparing it."""
+        del on_silence
         self.pgconn.send_query_params(sql, values)
+
+
+def _give_up(silent_intervals: int) -> None:
+    if silent_intervals == _INTERVALS_TO_FAIL:
+        raise Silence("the server does not respond")
 
 
 def _error(result: PGresult) -> psycopg.Error:
     """Return psycopg's error for a failed result."""
     state = result.error_field(DiagnosticField.SQLSTATE)
-    message = result.error_message.decode(errors="replace").strip()
+    # The whole message would have DETAIL, which may contain data, and for some statements a position.
+    primary = result.error_field(DiagnosticField.MESSAGE_PRIMARY) or result.error_message
+    message = primary.decode(errors="replace").strip()
     if state is None:
         return psycopg.OperationalError(message)  # the connection broke
     try:
@@ -249,11 +288,37 @@ def has_session_settings(conninfo: str) -> bool:
         UnavailableError: the database cannot be reached.
 
     """
+    # Poolers and proxies reject the settings with many different errors. So the mechanism decides: it fails with the
+    # settings and succeeds without them. Once may be chance, while a server starts or is out of connections.
+    for _ in range(_ROUNDS):
+        try:
+            return _session_setting(Connection, conninfo) == (b"on",)
+        except psycopg.errors.ConnectionTimeout as error:
+            raise UnavailableError(str(error)) from error
+        except psycopg.OperationalError as error:
+            rejection = error
+        try:
+            _session_setting(PoolerConnection, conninfo)
+        except psycopg.OperationalError:
+            raise UnavailableError(str(rejection)) from rejection
+    return False
+
+
+def _session_setting(connection_class: type[Connection], conninfo: str) -> tuple[bytes, ...] | None:
+    with connection_class.connect(conninfo, **connection_class.arguments) as connection:
+        return connection.fetch(statements.load()["database/session"].rows, [])
+
+
+def connection_limit(conninfo: str) -> int:
+    """Return how many connections the server allows to the role of a connection string.
+
+    Raises:
+        UnavailableError: the database cannot be reached.
+
+    """
     try:
         with Connection.connect(conninfo, **Connection.arguments) as connection:
-            row = connection.fetch(statements.load()["database/statement_timeout"].rows, [])
-    except psycopg.OperationalError as error:
-        if "unsupported startup parameter" in str(error):
-            return False
+            row = connection.fetch(statements.load()["database/connection_limit"].rows, [])
+    except psycopg.Error as error:
         raise UnavailableError(str(error)) from error
-    return row == (STATEMENT_TIMEOUT.encode(),)
+    return int(row[0]) if row else 0

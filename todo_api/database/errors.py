@@ -11,10 +11,21 @@ class InvalidValueError(Exception):
     """A parameter has a value that no column can hold."""
 
 
+# The database lacks what the migrations made, or the right to use it. That happens if somebody drops, renames or
+# restores tables while the service runs.
+_UNPREPARED = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedObject,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.InsufficientPrivilege,
+)
 # Maps psycopg's errors to the errors above. The first match counts. Any other error is a bug and is not translated.
 _TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidValueError]]] = [
     (psycopg.OperationalError, UnavailableError),  # down, restarting, out of connections, timed out, deadlocks
     (psycopg.errors.ReadOnlySqlTransaction, UnavailableError),  # 25006: a standby, during a failover
+    *((error, UnavailableError) for error in _UNPREPARED),
     (psycopg.DataError, InvalidValueError),  # class 22
 ]
 
@@ -25,3 +36,8 @@ def translated(error: psycopg.Error) -> Exception:
         if isinstance(error, raised):
             return translation(str(error))
     return error
+
+
+def is_unprepared(error: psycopg.Error) -> bool:
+    """Return whether the database lacks something that a statement needs, although the migrations were applied."""
+    return isinstance(error, _UNPREPARED)

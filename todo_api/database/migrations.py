@@ -25,7 +25,7 @@ from yoyo.migrations import Migration, MigrationList, default_migration_table, t
 
 from todo_api.config import StartError
 from todo_api.database import statements
-from todo_api.database.connection import NETWORK
+from todo_api.database.connection import NetworkConnection
 from todo_api.database.errors import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class _Backend(PostgresqlPsycopgBackend):
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
         """Return a connection with the network settings of the pool's connections."""
         # Nothing is prepared: a pooler in transaction mode may use another connection for the next statement.
-        return psycopg.connect(dburi.args["conninfo"], autocommit=True, prepare_threshold=None, **NETWORK)
+        return NetworkConnection.connect(dburi.args["conninfo"], autocommit=True, prepare_threshold=None)
 
     def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
         """Apply a migration and record it, in the current transaction."""

@@ -1,18 +1,26 @@
 """The pool of connections. A statement gets a working connection, or fails within about half a second."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from todo_api.database.connection import Connection, PoolerConnection, Silence
+from todo_api.database import statements
+from todo_api.database.connection import LONGEST_STATEMENT, Connection, OnSilence, PoolerConnection, Silence
 from todo_api.database.errors import UnavailableError
 from todo_api.database.outage import Outage
 
 _WAIT = 0.5  # seconds for a connection; with more, an error would take too long to reach the client
 _POLL = 0.01  # seconds between two checks for an outage
 _FILL_TIMEOUT = 2  # seconds; during a reload, the old workers still serve in this time
+# A statement that is silent may work for a good reason, such as a search through a million tasks. So after every two
+# intervals of 140 ms the server is asked on another connection. If it does not respond there either, the statement
+# fails after 0.7 s. If the statement waits for a lock or a standby, it is cancelled.
+_INTERVALS_TO_ASK = 2
+_INTERVALS_TO_CANCEL = 4
+_ASK_TIMEOUT = 0.4  # seconds
 
 
 class Pool:
@@ -23,6 +31,9 @@ class Pool:
         connection_class = PoolerConnection if pooler else Connection
         self.outage = Outage()
         self._size = size
+        self._busy: set[Connection] = set()  # the connections on which a statement runs
+        self._asking = threading.Lock()
+        self._question = statements.load()["database/waits"]
         self._pool = ConnectionPool(
             connection_class=connection_class,
             kwargs=connection_class.arguments | {"get_conninfo": get_conninfo, "outage": self.outage},
@@ -34,14 +45,19 @@ class Pool:
             open=False,
         )
 
-    def fill(self) -> None:
-        """Open all connections, so that the first statements need not wait. Return early if an outage is active."""
+    def fill(self, size: int) -> None:
+        """Open this many connections, so that the first statements need not wait. Return early in an outage."""
         self._pool.open()
+        self._resize(size)
         deadline = time.monotonic() + _FILL_TIMEOUT
         while self._pool.get_stats()["pool_available"] < self._size:
             if self.outage.active or time.monotonic() > deadline:
                 return
             time.sleep(_POLL)
+
+    def _resize(self, size: int) -> None:
+        self._size = size
+        self._pool.resize(size, size)
 
     def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
         """Run a statement and return its first row, or None if there is no row.
@@ -51,9 +67,29 @@ class Pool:
             psycopg.Error: the statement failed.
 
         """
-        connection = self._get_working()
+        connection = self._get_working(time.monotonic() + _WAIT)
+        latest = time.monotonic() + LONGEST_STATEMENT
+        cancelled = False
+
+        def on_silence(intervals: int) -> None:
+            nonlocal cancelled
+            if intervals % _INTERVALS_TO_ASK:
+                return
+            if cancelled:
+                raise Silence("the server does not cancel the statement")
+            waits = self._waits_for_others(connection, sql)
+            if (waits and intervals >= _INTERVALS_TO_CANCEL) or time.monotonic() > latest:
+                connection.cancel_statement()
+                cancelled = True
+
+        return self._run(connection, sql, values, on_silence)
+
+    def _run(
+        self, connection: Connection, sql: bytes, values: Sequence[bytes], on_silence: OnSilence
+    ) -> tuple[bytes, ...] | None:
+        self._busy.add(connection)
         try:
-            return connection.fetch(sql, values)
+            return connection.fetch(sql, values, on_silence)
         except Silence:
             connection.abandon()
             self._pool.drain()  # so that no other statement waits on a connection to the same silent server
@@ -63,34 +99,76 @@ class Pool:
             self._pool.drain()
             raise
         finally:
+            self._busy.discard(connection)
             self._pool.putconn(connection)
 
-    def _get_working(self) -> Connection:
+    def _waits_for_others(self, silent: Connection, sql: bytes) -> bool:
+        """Return whether a silent statement waits for a lock or a standby. The server is asked on another connection.
+
+        Raises:
+            Silence: the server does not respond.
+
+        """
+        asked = time.monotonic()
+        try:
+            row = self._ask({"pid": silent.backend_pid, "statement": sql.decode()}, asked + _ASK_TIMEOUT)
+        except UnavailableError as error:
+            # A server that rejects connections, for example because it allows no more, does respond.
+            if self.outage.responded_at < asked:
+                raise Silence("the server does not respond, and accepts no other connection") from error
+            return False
+        return row == (b"t",)
+
+    def _ask(self, parameters: dict[str, object], deadline: float) -> tuple[bytes, ...] | None:
+        """Ask the server what a statement waits for. One thread asks at a time."""
+
+        def on_silence(_: int) -> None:
+            if time.monotonic() > deadline:
+                raise Silence("the server does not respond on two connections")
+
+        if not self._asking.acquire(timeout=deadline - time.monotonic()):
+            raise UnavailableError("other threads are asking")
+        try:
+            connection = self._get_working(deadline)
+            return self._run(connection, self._question.rows, self._question.values(parameters), on_silence)
+        finally:
+            self._asking.release()
+
+    def _get_working(self, deadline: float) -> Connection:
         if self._pool.closed:
             self._pool.open()
         while True:
-            connection = self._get()
+            connection = self._get(deadline)
             if not connection.has_ended():
                 self.outage.end()
                 return connection
             connection.close()
             self._pool.putconn(connection)  # the pool then opens a new one
 
-    def _get(self) -> Connection:
+    def _get(self, deadline: float) -> Connection:
         """Take a connection out of the pool.
 
         During an outage no statement waits, because later statements would queue behind the waiting ones. But the call
-        makes the pool connect in the background. The outage ends when that succeeds.
+        makes the pool connect in the background. The outage ends when that succeeds. An outage begins only if
+        connecting fails or hangs. A wait for busy connections is none.
         """
-        deadline = time.monotonic() + _WAIT
+        began = time.monotonic()
         while True:
             try:
                 return self._pool.getconn(timeout=_POLL)
             except PoolTimeout:
-                if self.outage.active or time.monotonic() > deadline:
-                    break
-        self.outage.begin()
-        raise UnavailableError("no connection to the database is available")
+                late = time.monotonic() > deadline
+                if len(self._busy) >= self._size:  # more threads than WEB_THREADS says, or all statements are silent
+                    self._resize(len(self._busy) + 1)
+                elif not self._busy and self._connects_in_vain(began, late=late):
+                    self.outage.begin()
+                if self.outage.active:
+                    raise UnavailableError("no connection to the database is available") from None
+                if late:
+                    raise UnavailableError("all connections to the database are busy") from None
+
+    def _connects_in_vain(self, began: float, *, late: bool) -> bool:
+        return self.outage.connecting_for() > _WAIT or (late and self.outage.failed_at > began)
 
     def _reconnect_failed(self, pool: ConnectionPool[Connection]) -> None:
         if not pool.get_stats()["pool_size"]:  # otherwise it is worth waiting for one of the open connections

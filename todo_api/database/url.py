@@ -4,7 +4,7 @@ from functools import cache
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import Conninfo
+from psycopg.pq import Conninfo, PGconn
 
 from todo_api.config import StartError
 
@@ -34,10 +34,32 @@ def check_url(setting: str, url: str) -> None:
             raise StartError(f"{setting}: {error}") from error
 
 
-def with_options(conninfo: str, options: str) -> str:
-    """Return a connection string with command-line options for the server added to those that it has."""
-    given = str(conninfo_to_dict(conninfo).get("options", ""))
-    return make_conninfo(conninfo, options=f"{given} {options}".strip())
+def with_defaults(conninfo: str, options: str = "", **defaults: str | int) -> str:
+    """Return a connection string with default values for parameters, and with command-line options for the server.
+
+    A parameter that the string, a service file or libpq's environment variables set keeps its value. Options that they
+    set follow ours, because the server uses the last value of a setting.
+    """
+    given = _resolved(conninfo)
+    settings: dict[str, str | int] = {name: given.get(name, default) for name, default in defaults.items()}
+    if options:
+        settings["options"] = f"{options} {given.get('options', '')}".strip()
+    return make_conninfo(conninfo, **settings)
+
+
+def asks_for_tls(conninfo: str) -> bool:
+    """Return whether a connection string, a service file or libpq's environment variables require TLS."""
+    given = _resolved(conninfo)
+    return given["sslmode"] in {"require", "verify-ca", "verify-full"} or given.get("sslrootcert") == "system"
+
+
+def _resolved(conninfo: str) -> dict[str, str]:
+    """Return the parameters that libpq would connect with. It combines their sources when it begins to connect."""
+    pgconn = PGconn.connect_start(make_conninfo(conninfo, host=_NOWHERE, hostaddr="").encode())
+    try:
+        return {option.keyword.decode(): option.val.decode() for option in pgconn.info if option.val}
+    finally:
+        pgconn.finish()
 
 
 def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:

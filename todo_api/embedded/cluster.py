@@ -29,6 +29,8 @@ _STOP_TIMEOUT = 60  # seconds
 _ORPHANS_TIMEOUT = 5  # seconds; the processes of a postmaster that was killed end by themselves
 _GROUP_OR_OTHERS = stat.S_IWGRP | stat.S_IRWXO  # PostgreSQL refuses a cluster with one of these permissions
 _MAY_SEARCH_ALL = 1 << 2  # CAP_DAC_READ_SEARCH in the masks of /proc/self/status
+_FEWEST_CONNECTIONS = 100  # PostgreSQL's default
+_MOST_CONNECTIONS = 5000  # the server allocates memory for each at its start
 
 
 def create(cluster: Path, programs: Programs, lock: int) -> None:
@@ -73,7 +75,7 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
     fresh.rename(cluster)
 
 
-def launch(cluster: Path, folder: Path, programs: Programs) -> subprocess.Popen[bytes]:
+def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 100) -> subprocess.Popen[bytes]:
     """Start the server with its socket in a folder, and return its process. Its output goes to the log file.
 
     Raises:
@@ -103,6 +105,7 @@ def launch(cluster: Path, folder: Path, programs: Programs) -> subprocess.Popen[
                     f"--port={socket_folder.PORT}",
                     f'--unix-socket-directories="{quoted}"',
                     "--unix-socket-permissions=0700",
+                    f"--max-connections={min(max(connections, _FEWEST_CONNECTIONS), _MOST_CONNECTIONS)}",
                 ],
                 cwd="/",
                 env=ENVIRONMENT,

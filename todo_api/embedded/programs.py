@@ -14,7 +14,7 @@ from pathlib import Path
 
 from todo_api.config import StartError
 
-_NEEDED = ("postgres", "initdb", "createuser", "createdb", "pg_isready")
+_NEEDED = ("postgres", "initdb", "createuser", "createdb", "pg_isready", "psql")
 _PING_RESULTS = range(4)
 _OLDEST, _NEWEST = 15, 18
 # PostgreSQL gets nothing of the service's environment: no secrets, no libpq variables of another server. With this
@@ -35,8 +35,8 @@ class Programs:
 
     def run(
         self, program: str, *arguments: str, before: Sequence[str] = (), lock: int | None = None, may_fail: bool = False
-    ) -> None:
-        """Run a program and wait for its end.
+    ) -> str:
+        """Run a program and return its output.
 
         ``before`` precedes the command. The program inherits the file descriptor ``lock``.
 
@@ -48,6 +48,7 @@ class Programs:
         done = _call([*before, self.path(program), *arguments], kept)
         if done.returncode and not may_fail:
             raise StartError(f"{program} failed: {' '.join(done.stderr.split())}")
+        return done.stdout
 
     def ping(self, conninfo: str) -> int:
         """Return whether a server accepts connections, as a value of libpq's PGPing. This takes at most 2 s.
@@ -63,6 +64,19 @@ class Programs:
         if done.returncode not in _PING_RESULTS:
             raise StartError(f"pg_isready does not run: {' '.join(done.stderr.split())}")
         return done.returncode
+
+
+def succeeds(command: Sequence[str]) -> bool:
+    """Return whether a command succeeds, in the environment of this process."""
+    try:
+        return not subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode
+    except OSError:
+        return False
+
+
+def error_output(command: Sequence[str]) -> str:
+    """Return the error output of a command, in the environment of this process."""
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
 
 
 @cache

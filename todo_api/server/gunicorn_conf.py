@@ -1,5 +1,6 @@
 """gunicorn's settings, for ``python wsgi.py`` and ``gunicorn -c python:todo_api.server.gunicorn_conf wsgi:app``."""
 
+import dataclasses
 import errno
 import logging
 import resource
@@ -86,7 +87,8 @@ def on_starting(server: Any) -> None:
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)  # noqa: FBT003
-    startup.prepare_or_fail(_settings)
+    cfg = server.cfg  # gunicorn's options, such as --threads, take precedence over the settings
+    startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
 
 
 def on_reload(server: Any) -> None:
@@ -95,9 +97,9 @@ def on_reload(server: Any) -> None:
     log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
 
-def post_worker_init(_worker: Any) -> None:
+def post_worker_init(worker: Any) -> None:
     """Connect to the database before the first request, because after a reload requests arrive at once."""
-    database.fill_pools()
+    database.fill_pools(worker.cfg.threads)
 
 
 def when_ready(server: Any) -> None:

@@ -1,0 +1,175 @@
+"""Busy threads and slow statements are no outage: they are waited for, and what hangs is found out."""
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from tests.support.databases import as_url
+from tests.support.fixtures import Figure, Start
+from tests.support.load import at_once
+from tests.support.postgres import Postgres, connections
+from tests.support.problems import assert_problem
+from tests.support.processes import free_port, servers_in, wait_until
+from tests.support.service import Service, workers
+
+GUNICORN = [sys.executable, "-m", "gunicorn", "--threads", "16", "wsgi:app"]
+COMMANDS = {
+    "python wsgi.py --threads 16": [sys.executable, "wsgi.py", "--threads", "16"],
+    "gunicorn --threads 16 wsgi:app": GUNICORN,
+}
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[Postgres]:
+    """Run a PostgreSQL."""
+    running = Postgres(tmp_path / "server")
+    yield running
+    running.stop()
+
+
+def create(service: Service, title: str) -> str:
+    """Create a task and return its path."""
+    return f"/api/tasks/{service.client.post('/api/tasks', json={'title': title}).json()['id']}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_requests_that_wait_for_a_lock_leave_connections_to_the_others(
+    command: str, postgres: Postgres, start: Start
+) -> None:
+    port = free_port()
+    bind = [] if "wsgi.py" in command else ["--bind", f"127.0.0.1:{port}", "--no-control-socket"]
+    arguments = [*COMMANDS[command][:3], *bind, *COMMANDS[command][3:]]
+    service = start(DATABASE_URL=as_url(postgres.conninfo), PORT=port, command=arguments).wait()
+    locked, free = create(service, "locked"), create(service, "free")
+    with psycopg.connect(postgres.conninfo) as db, ThreadPoolExecutor() as clients:
+        db.execute("SELECT 1 FROM tasks WHERE title = 'locked' FOR UPDATE")
+        for _ in range(3):
+            toggles = clients.submit(at_once, service, 12, lambda client, _: client.post(f"{locked}/toggle"))
+            wait_until(lambda: connections(postgres) >= 12)
+            while not toggles.done():
+                assert service.client.get(free).status_code == httpx.codes.OK
+            for response in toggles.result():
+                assert_problem(response, 503, "database_unavailable")
+    assert "cannot be reached" not in service.log()
+    assert service.stop() == 0
+
+
+MANY_SEARCHED = """
+    INSERT INTO tasks (user_id, title, description)
+    SELECT 'local', 'number ' || n, repeat(md5(n::text) || ' ', 15) FROM generate_series(1, %s) AS n
+"""
+
+
+@pytest.mark.long
+def test_a_search_through_a_million_tasks_is_answered_four_times_at_once(
+    postgres: Postgres, start: Start, figure: Figure
+) -> None:
+    service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute(MANY_SEARCHED.replace("%s", "1000000").encode())
+    began = time.monotonic()
+    responses = at_once(service, 4, lambda client, _: client.get("/api/tasks", params={"q": "nowhere"}, timeout=120))
+    figure("four searches through 1 000 000 tasks, s", round(time.monotonic() - began, 1))
+    assert [response.status_code for response in responses] == [200] * 4
+    assert [response.json() for response in responses] == [[]] * 4
+    assert service.stop() == 0
+
+
+SLOW_READS = """
+    ALTER TABLE tasks RENAME TO stored;
+    CREATE FUNCTION slow() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(%s); RETURN TRUE; END';
+    CREATE VIEW tasks AS SELECT * FROM stored WHERE slow()
+"""
+
+
+def test_a_server_that_stops_during_a_slow_statement_is_a_quick_503(postgres: Postgres, start: Start) -> None:
+    service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
+    create(service, "Buy milk")
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute((SLOW_READS % 4).encode())
+    with ThreadPoolExecutor() as client:
+        lists = [client.submit(service.client.get, "/api/tasks") for _ in range(4)]
+        time.sleep(2)
+        stopped = servers_in(postgres.cluster)
+        for process in stopped:
+            process.suspend()
+        suspended = time.monotonic()
+        for answer in lists:
+            assert_problem(answer.result(), 503, "database_unavailable")
+        took = time.monotonic() - suspended
+        for process in stopped:
+            process.resume()
+    assert took < 2  # 1 in the service, and a busy machine
+    wait_until(service.answers)
+    assert len(service.client.get("/api/tasks").json()) == 1
+    assert service.stop() == 0
+
+
+def test_a_statement_that_takes_too_long_ends_at_the_timeout_of_the_server(postgres: Postgres, start: Start) -> None:
+    url = as_url(f"{postgres.conninfo} options='-c statement_timeout=2s'")
+    service = start(DATABASE_URL=url).wait()
+    create(service, "Buy milk")
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute((SLOW_READS % 30).encode())
+    assert_problem(service.client.get("/api/tasks"), 503, "database_unavailable")
+    assert "QueryCanceled (SQLSTATE 57014)" in service.log()
+    assert "cannot be reached" not in service.log()
+    assert service.stop() == 0
+
+
+def test_dropped_tables_are_503s_and_one_line_in_the_log_until_they_are_back(postgres: Postgres, start: Start) -> None:
+    service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
+    path = create(service, "Buy milk")
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute("ALTER TABLE tasks RENAME TO gone")
+    for _ in range(3):
+        for url in ("/readyz", "/api/tasks", path):
+            assert_problem(service.client.get(url), 503, "database_unavailable")
+    assert service.log().count('relation "tasks" does not exist') == 1
+    assert "Traceback" not in service.log()
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute("ALTER TABLE gone RENAME TO tasks")
+    for url in ("/readyz", "/api/tasks", path):
+        assert service.client.get(url).status_code == httpx.codes.OK
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute("DROP TABLE idempotency_keys")
+    assert_problem(service.client.get("/readyz"), 503, "database_unavailable")
+    assert service.client.get(path).status_code == httpx.codes.OK
+    assert service.stop() == 0
+
+
+def test_a_worker_that_finds_no_free_connection_goes_on_with_503s(tmp_path: Path, start: Start) -> None:
+    data_dir = tmp_path.resolve() / "data"
+    service = start(DATA_DIR=data_dir, WEB_THREADS=64).wait()
+    admin = f"host={data_dir / 'postgres'} port=5432 user=postgres dbname=postgres"
+    with psycopg.connect(admin, autocommit=True) as db:
+        [[allowed]] = db.execute("SHOW max_connections").fetchall()
+        assert int(allowed) >= 2 * 64 + 10  # enough for a reload
+        others = []
+        while True:
+            try:
+                others.append(psycopg.connect(admin))
+            except psycopg.OperationalError:
+                break
+        [worker] = workers(service)
+        worker.kill()
+        wait_until(lambda: [w.pid for w in workers(service)] not in ([], [worker.pid]))
+        taken = psycopg.connect  # the killed worker's connections are taken at once
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            try:
+                others.append(taken(admin))
+            except psycopg.OperationalError:
+                time.sleep(0.01)
+        assert service.process.poll() is None, service.log()
+        assert "createdb" not in service.log()
+        for other in others:
+            other.close()
+    service.wait()
+    assert service.stop() == 0
