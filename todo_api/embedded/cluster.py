@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # The user and group id of "nobody", which own no files. PostgreSQL does not run as root, so root runs it as this user.
 _NOBODY = 65534
 _STOP_TIMEOUT = 60  # seconds
+_FIRST_WITH_BUILTIN_LOCALES = 17  # a major version of PostgreSQL
 _ORPHANS_TIMEOUT = 5  # seconds; the processes of a postmaster that was killed end by themselves
 _GROUP_OR_OTHERS = stat.S_IWGRP | stat.S_IRWXO  # PostgreSQL refuses a cluster with one of these permissions
 _MAY_SEARCH_ALL = 1 << 2  # CAP_DAC_READ_SEARCH in the masks of /proc/self/status
@@ -66,7 +67,7 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
         # makes the sort order and lower() the same on every machine
         *(
             ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-            if programs.major >= 17  # noqa: PLR2004 - the first one with this provider
+            if programs.major >= _FIRST_WITH_BUILTIN_LOCALES
             else ["--locale=C.UTF-8"]
         ),
         before=before,

@@ -86,14 +86,14 @@ def on_starting(server: Any) -> None:
                 _wait_for_port(*address)
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
-    server.cfg.set("reload", False)  # noqa: FBT003
+    server.cfg.set("reload", False)
     cfg = server.cfg  # gunicorn's options, such as --threads, take precedence over the settings
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
 
 
 def on_reload(server: Any) -> None:
     """Log what a reload does not do. The new workers are forks of the master, which has the old code."""
-    server.cfg.set("reload", False)  # noqa: FBT003
+    server.cfg.set("reload", False)
     log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
 

@@ -213,7 +213,7 @@ class Worker(ThreadWorker):
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         """Handle a request, without gunicorn's "100 Continue": the reader sends it if the body is welcome."""
-        req._expected_100_continue = False  # noqa: SLF001
+        req._expected_100_continue = False
         return super().handle_request(req, conn)
 
     def finish_request(self, conn: Any, result: Any) -> None:
