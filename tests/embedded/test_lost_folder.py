@@ -82,7 +82,12 @@ def test_a_copy_in_place_of_a_moved_folder_gets_its_own_server(tmp_path: Path, d
     for backend in servers_in(tmp_path):
         if "idle" in " ".join(backend.cmdline()):
             backend.terminate()  # so that the service opens new connections
-    wait_until(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE)
+
+    def has_noticed() -> bool:
+        service.answers()  # a request makes the service connect again
+        return not old.is_running() or old.status() == psutil.STATUS_ZOMBIE
+
+    wait_until(has_noticed)
     service.wait()
     assert has_task(service, task_id)
     assert service.stop() == 0
