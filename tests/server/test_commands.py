@@ -140,7 +140,8 @@ def test_psql_uses_database_url_and_has_no_password_in_its_arguments(tmp_path: P
     process = subprocess.Popen(command, cwd=ROOT, env=environment(DATABASE_URL=url, DATA_DIR=tmp_path / "data"))
 
     def running() -> list[psutil.Process]:
-        return [child for child, name in children(process.pid).items() if name == "psql"]
+        found = [child for child, name in children(process.pid).items() if name == "psql"]
+        return [child for child in found if "--version" not in child.cmdline()]  # the check that this psql runs
 
     wait_until(lambda: bool(running()))
     [child] = running()

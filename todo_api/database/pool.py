@@ -92,7 +92,9 @@ class Pool:
             return connection.fetch(sql, values, on_silence)
         except Silence:
             connection.abandon()
-            self._pool.drain()  # so that no other statement waits on a connection to the same silent server
+            # No other statement waits for the same silent server. The outage ends with the next connection.
+            self._pool.drain()
+            self.outage.begin()
             raise
         except psycopg.errors.ReadOnlySqlTransaction:
             # The server is no longer the primary. libpq checks target_session_attrs only when it connects.
