@@ -150,7 +150,10 @@ class Worker(ThreadWorker):
         while conn := self.ready_connections.get():
             try:
                 if not self._is_request_there(conn):
-                    self._wait(conn)
+                    if self._is_late(conn.parser.unreader.deadline):
+                        self.method_queue.defer(self._time_out, conn)
+                    else:
+                        self._wait(conn)
                     continue
                 result = self.handle(conn)
                 if result is True and self._keep(conn):
@@ -258,15 +261,24 @@ class Worker(ThreadWorker):
             self._forget(conn)
 
     def _end_unfinished(self) -> None:
-        """Answer requests that are unfinished after their time, once a second."""
+        """Answer requests that are unfinished after their time, once a second.
+
+        A client that keeps sending is rarely among them: its connection is on the way to a thread, which checks too.
+        """
         if (now := time.monotonic()) < self.next_check:
             return
         self.next_check = now + 1
         with self.keepalive_lock:
-            late = [conn for conn in self.unfinished if min(conn.timeout, self.request_deadline) < now]
+            late = [conn for conn in self.unfinished if self._is_late(conn.timeout)]
         for conn in late:
             self.poller.unregister(conn.sock)
             self.unfinished.remove(conn)
-            with suppress(OSError):
-                util.write_error(conn.sock, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_TIMEOUT.phrase, "")
-            self.finish_request(conn, result=False)
+            self._time_out(conn)
+
+    def _is_late(self, deadline: float) -> bool:
+        return min(deadline, self.request_deadline) < time.monotonic()
+
+    def _time_out(self, conn: Any) -> None:
+        with suppress(OSError):
+            util.write_error(conn.sock, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_TIMEOUT.phrase, "")
+        self.finish_request(conn, result=False)
