@@ -4,10 +4,11 @@ import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
+import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.support.databases import new_database
-from todo_api.database import Database, apply_migrations
+from todo_api.database import Database, InvalidValueError, UnavailableError, apply_migrations
 from todo_api.database.connection import Connection
 
 
@@ -41,3 +42,22 @@ def test_statements_that_lose_to_others_are_tried_again(conninfo: str) -> None:
         assert all(toggle.result() for toggle in toggles)
         with psycopg.connect(strict) as db:
             assert db.execute("SELECT version FROM tasks").fetchall() == [(81,)]
+
+
+@pytest.mark.parametrize(
+    ("state", "error"), [("57P99", UnavailableError), ("53ABC", UnavailableError), ("22XYZ", InvalidValueError)]
+)
+def test_an_unknown_sqlstate_counts_by_its_class(conninfo: str, state: str, error: type[Exception]) -> None:
+    with new_database(conninfo) as database:
+        ours = Database(lambda: database, connections=1, pooler=False)
+        apply_migrations(database)
+        with psycopg.connect(database, autocommit=True) as db:
+            db.execute(
+                f"""
+                CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN RAISE EXCEPTION USING ERRCODE = '{state}'; END $$;
+                CREATE TRIGGER fail BEFORE INSERT ON tasks EXECUTE FUNCTION fail()
+                """.encode()
+            )
+        with pytest.raises(error):
+            ours.fetch_json("tasks/create", user_id="local", task='{"title": "Buy milk"}')

@@ -55,6 +55,10 @@ _PAUSES = [
     *(0.001 * 2**n for n in range(7)),
     *[0.1] * 10,
 ]  # upper limits of the random pauses between retries, in seconds
+_ERRORS_OF_CLASSES: dict[bytes, type[psycopg.Error]] = {
+    b"22": psycopg.DataError,
+    **dict.fromkeys((b"08", b"40", b"53", b"55", b"57", b"58"), psycopg.OperationalError),
+}
 _SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: on, for 0 seconds
 
@@ -274,8 +278,8 @@ def _error(result: PGresult) -> psycopg.Error:
         return psycopg.OperationalError(message)  # the connection broke
     try:
         return psycopg.errors.lookup(state.decode())(message)
-    except KeyError:
-        return psycopg.DatabaseError(message)
+    except KeyError:  # a code of an extension or a proxy: its first two characters are its class
+        return _ERRORS_OF_CLASSES.get(state[:2], psycopg.DatabaseError)(message)
 
 
 def has_session_settings(conninfo: str) -> bool:
