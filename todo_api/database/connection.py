@@ -63,7 +63,7 @@ _SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: on, for 0 seconds
 
 
-class Silence(psycopg.OperationalError):
+class Silence(psycopg.errors.ConnectionTimeout):
     """The server sends nothing: it is stopped, or the network drops all packets."""
 
 
@@ -115,6 +115,7 @@ class Connection(NetworkConnection):
         "autocommit": True,  # each statement is a transaction of its own
         "client_encoding": "UTF8",
     }
+    rejected_by_server = True  # so a rejected connection shows that the server responds
     _unreplicated = False
 
     @classmethod
@@ -250,6 +251,7 @@ class PoolerConnection(Connection):
 
     options = ""  # a pooler may reject them
     backend_pid = 0  # a pooler invents one
+    rejected_by_server = False  # a pooler rejects connections itself while its server is down
 
     def configure(self) -> None:
         """Prepare a new connection for use, and check that PostgreSQL can be reached."""

@@ -116,7 +116,7 @@ class Pool:
             row = self._ask({"pid": silent.backend_pid, "statement": sql.decode()}, asked + _ASK_TIMEOUT)
         except UnavailableError as error:
             # A server that rejects connections, for example because it allows no more, does respond.
-            if self.outage.responded_at < asked:
+            if not silent.rejected_by_server or self.outage.responded_at < asked:
                 raise Silence("the server does not respond, and accepts no other connection") from error
             return False
         return row == (b"t",)
