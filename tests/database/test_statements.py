@@ -278,8 +278,10 @@ def test_rows_are_returned_as_one_json_object_or_array(connection: psycopg.Conne
     statement = parse("tasks/some", "SELECT n FROM generate_series(1, :'n'::int) AS n ORDER BY n DESC -- last\n;")
     assert execute(connection, statement, "row_json", n=1) == [({"n": 1},)]
     assert execute(connection, statement, "row_json", n=0) == []
-    assert execute(connection, statement, "rows_json", n=2) == [('[{"n":2},\n{"n":1}]', 2)]
-    assert execute(connection, statement, "rows_json", n=0) == [("[]", 0)]
+    assert execute(connection, statement, "rows_json", n=2) == [([{"n": 2}, {"n": 1}], 2)]
+    assert execute(connection, statement, "rows_json", n=0) == [([], 0)]
+    array = connection.pgconn.exec_params(statement.rows_json, [b"2"]).get_value(0, 0)
+    assert array == b'[{"n":2}' + statements.SEPARATOR + b'{"n":1}]'
 
 
 def test_every_file_of_the_project_is_loaded_under_its_name() -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flask import Flask, current_app, g, request
+from flask import Flask, g, request
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 from werkzeug.http import parse_options_header
 
@@ -30,7 +30,7 @@ def init_app(app: Flask) -> None:
 
     @app.before_request
     def read_body() -> None:
-        g.body = read(request.environ, current_app.config["MAX_CONTENT_LENGTH"])
+        g.body = read(request.environ, app.config["MAX_CONTENT_LENGTH"])
 
 
 def read(environ: "WSGIEnvironment", limit: int) -> bytes:

@@ -136,8 +136,10 @@ class Connection(NetworkConnection):
         """Prepare a new connection for use."""
         self.add_notice_handler(self._handle_notice)
         self._names: dict[bytes, bytes] = {}  # from prepared statements to their names
-        self._poll = select.poll()  # select.select() accepts no file descriptor above 1023
-        self._poll.register(self.fileno(), select.POLLIN)
+        # select.select() accepts no file descriptor above 1023.
+        self._readable, self._readable_or_writable = select.poll(), select.poll()
+        self._readable.register(self.fileno(), select.POLLIN)
+        self._readable_or_writable.register(self.fileno(), select.POLLIN | select.POLLOUT)
 
     def has_ended(self) -> bool:
         """Return whether this idle connection is closed. The socket is readable if the server has closed it.
@@ -145,7 +147,7 @@ class Connection(NetworkConnection):
         psycopg's own check asks the server, which costs a round trip for each statement. After a restart of the server
         it waits for seconds between two dead connections.
         """
-        return self.closed or bool(self._poll.poll(0))
+        return self.closed or bool(self._readable.poll(0))
 
     @property
     def backend_pid(self) -> int:
@@ -232,8 +234,7 @@ class Connection(NetworkConnection):
         pgconn = self.pgconn
         silent = 0  # intervals
         while (unsent := pgconn.flush()) or pgconn.is_busy():
-            self._poll.modify(pgconn.socket, select.POLLIN | select.POLLOUT if unsent else select.POLLIN)
-            if self._poll.poll(_INTERVAL):
+            if (self._readable_or_writable if unsent else self._readable).poll(_INTERVAL):
                 silent = 0
                 pgconn.consume_input()
             else:

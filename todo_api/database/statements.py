@@ -17,8 +17,9 @@ from todo_api.database.errors import InvalidValueError
 SQL = Path(__file__).resolve().parents[2] / "sql"
 MIGRATIONS = SQL / "migrations"
 
-# Separates the elements of an array of rows. It occurs in no JSON string, because a line break is escaped there.
-SEPARATOR = b",\n"
+# Separates the elements of an array of rows: array_to_json() can put line breaks between them. It occurs in no JSON
+# string, because a line break is escaped there.
+SEPARATOR = b",\n "
 
 # These patterns follow psql's own lexer, src/fe_utils/psqlscan.l in PostgreSQL's sources. flex does not backtrack, and
 # neither does *+. Syntax that they do not cover (nested comments, strings without an end, ...) is rejected.
@@ -115,12 +116,11 @@ def parse(name: str, text: str) -> Statement:
     if not rows:
         raise StatementError(f"{name}.sql has no statement")
     parts = _as_row(name, rows)
-    elements = f"string_agg(row_to_json(row)::text, '{SEPARATOR.decode()}')"
     return Statement(
         parameters=tuple(numbers),
         rows=rows.encode(),
         row_json=f"{parts} SELECT row_to_json(row) FROM row".encode(),
-        rows_json=f"{parts} SELECT concat('[', {elements}, ']'), count(*) FROM row".encode(),
+        rows_json=f"{parts} SELECT coalesce(array_to_json(array_agg(row), true), '[]'), count(*) FROM row".encode(),
     )
 
 
