@@ -11,7 +11,7 @@ from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
 
-_lock = threading.Lock()
+_locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
 _migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
 _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
@@ -68,7 +68,7 @@ def prepare(settings: Settings) -> str:
         UnavailableError: the database cannot be reached now.
 
     """
-    with _lock:
+    with _locks.setdefault(settings.database_url or str(settings.data_dir), threading.Lock()):
         conninfo = ensure_server(settings)
         if conninfo not in _migrated:
             if settings.migration_database_url:

@@ -39,7 +39,7 @@ class Mount:
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
         """Answer a request."""
-        script_name, path = environ.get("SCRIPT_NAME", ""), environ["PATH_INFO"]
+        script_name, path = environ.get("SCRIPT_NAME", ""), environ.setdefault("PATH_INFO", "")
         if script_name and path and not path.startswith("/"):  # gunicorn takes /todolist for a path below /todo
             script_name, environ["PATH_INFO"] = "", script_name + path
         environ["SCRIPT_NAME"] = self.prefix + script_name
@@ -60,7 +60,7 @@ class RequestLog:
         request_id = given if _VALID_ID.fullmatch(given) else os.urandom(16).hex()
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
-            path = loggable(environ["PATH_INFO"].encode("latin-1"))
+            path = loggable((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1"))
             milliseconds = 1000 * (time.perf_counter() - started)
             log.info("%s %s %.3s %.1fms %s", environ["REQUEST_METHOD"], path, status, milliseconds, request_id)
             added = [("X-Request-ID", request_id), ("X-Content-Type-Options", "nosniff")]
