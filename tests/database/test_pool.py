@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import ConnectionPool
 
 from tests.support.databases import new_database
+from tests.support.processes import free_port, wait_until
 from todo_api.database import Database, InvalidValueError, UnavailableError, apply_migrations
 from todo_api.database.connection import Connection
 
@@ -25,6 +27,27 @@ def test_an_idle_connection_that_cannot_be_examined_is_replaced(conninfo: str) -
         for connection in [found for found in gc.get_objects() if isinstance(found, Connection)]:
             connection.close()  # the pool does not notice
         assert ours.fetch_json("database/ready")
+
+
+def test_statements_that_fail_during_an_outage_are_forgotten_and_the_outage_still_ends(conninfo: str) -> None:
+    conninfos = [f"host=127.0.0.1 port={free_port()}"]
+    ours = Database(lambda: conninfos[-1], connections=1, pooler=False)
+    for _ in range(150):
+        with pytest.raises(UnavailableError):
+            ours.fetch_json("database/ready")
+    [pool] = [value for value in vars(ours.pool).values() if isinstance(value, ConnectionPool)]
+    assert pool.get_stats()["requests_waiting"] <= 100
+    apply_migrations(conninfo)
+    conninfos.append(conninfo)
+    wait_until(lambda: succeeds(ours))
+
+
+def succeeds(database: Database) -> bool:
+    """Return whether the database can be reached."""
+    try:
+        return bool(database.fetch_json("database/ready"))
+    except UnavailableError:
+        return False
 
 
 def test_statements_that_lose_to_others_are_tried_again(conninfo: str) -> None:

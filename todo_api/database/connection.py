@@ -247,7 +247,16 @@ class Connection(NetworkConnection):
         self._unreplicated |= notice.source_function == "SyncRepWaitForLSN"
 
 
-class PoolerConnection(Connection):
+class UnpreparedConnection(Connection):
+    """A connection without prepared statements."""
+
+    def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
+        """Send a statement without preparing it."""
+        del on_silence
+        self.pgconn.send_query_params(sql, values)
+
+
+class PoolerConnection(UnpreparedConnection):
     """A connection to a pooler in transaction mode, without prepared statements and session settings."""
 
     options = ""  # a pooler may reject them
@@ -259,11 +268,6 @@ class PoolerConnection(Connection):
         super().configure()
         # A pooler accepts clients even if its server cannot be reached. Any statement shows that.
         self.fetch(statements.load()["database/session"].rows, [])
-
-    def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
-        """Send a statement without preparing it."""
-        del on_silence
-        self.pgconn.send_query_params(sql, values)
 
 
 def _give_up(silent_intervals: int) -> None:
@@ -299,7 +303,7 @@ def has_session_settings(conninfo: str) -> bool:
     # settings and succeeds without them. Once may be chance, while a server starts or is out of connections.
     for _ in range(_ROUNDS):
         try:
-            return _session_setting(Connection, conninfo) == (b"on",)
+            return _session_setting(UnpreparedConnection, conninfo) == (b"on",)
         except psycopg.errors.ConnectionTimeout as error:
             raise UnavailableError(str(error)) from error
         except psycopg.OperationalError as error:
@@ -324,7 +328,7 @@ def connection_limit(conninfo: str) -> int:
 
     """
     try:
-        with Connection.connect(conninfo, **Connection.arguments) as connection:
+        with UnpreparedConnection.connect(conninfo, **Connection.arguments) as connection:
             row = connection.fetch(statements.load()["database/connection_limit"].rows, [])
     except psycopg.Error as error:
         raise UnavailableError(str(error)) from error

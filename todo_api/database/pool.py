@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import psycopg
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool, PoolTimeout, TooManyRequests
 
 from todo_api.database import statements
 from todo_api.database.connection import LONGEST_STATEMENT, Connection, OnSilence, PoolerConnection, Silence
@@ -14,6 +14,8 @@ from todo_api.database.outage import Outage
 
 _WAIT = 0.5  # seconds for a connection; with more, an error would take too long to reach the client
 _POLL = 0.01  # seconds between two checks for an outage
+# psycopg's pool keeps each call that has given up, until it has a connection again. So it must stop somewhere.
+_MAX_WAITING = 100
 _FILL_TIMEOUT = 2  # seconds; during a reload, the old workers still serve in this time
 # A statement that is silent may work for a good reason, such as a search through a million tasks. So after every two
 # intervals of 140 ms the server is asked on another connection. If it does not respond there either, the statement
@@ -39,6 +41,7 @@ class Pool:
             kwargs=connection_class.arguments | {"get_conninfo": get_conninfo, "outage": self.outage},
             min_size=size,
             max_size=size,
+            max_waiting=_MAX_WAITING,
             reconnect_timeout=0,  # no backoff: the next statement makes the pool connect again
             reconnect_failed=self._reconnect_failed,
             name="todo_api",
@@ -158,7 +161,10 @@ class Pool:
         while True:
             try:
                 return self._pool.getconn(timeout=_POLL)
-            except PoolTimeout:
+            except (PoolTimeout, TooManyRequests) as error:
+                if isinstance(error, TooManyRequests):
+                    self._pool.check()  # makes the empty pool connect, which getconn() has not done
+                    time.sleep(_POLL)
                 late = time.monotonic() > deadline
                 if len(self._busy) >= self._size:  # more threads than WEB_THREADS says, or all statements are silent
                     self._resize(len(self._busy) + 1)
