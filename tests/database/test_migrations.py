@@ -90,6 +90,15 @@ def test_a_new_database_is_migrated_once(database: str) -> None:
     assert applied_migrations(database) == ALL_MIGRATIONS
 
 
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_the_environments_client_encoding_does_not_matter(
+    encoding: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", encoding)
+    assert migrations.apply(database) == ALL_MIGRATIONS
+    assert migrations.apply(database) == []
+
+
 @pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
 def test_concurrent_starts_apply_each_migration_once(database: str, level: str) -> None:
     query(

@@ -43,8 +43,12 @@ class _Backend(PostgresqlPsycopgBackend):
 
     def connect(self, dburi: DatabaseURI) -> psycopg.Connection[TupleRow]:
         """Return a connection with the network settings of the pool's connections."""
-        # Nothing is prepared: a pooler in transaction mode may use another connection for the next statement.
-        return NetworkConnection.connect(dburi.args["conninfo"], autocommit=True, prepare_threshold=None)
+        return NetworkConnection.connect(
+            dburi.args["conninfo"],
+            autocommit=True,
+            client_encoding="UTF8",
+            prepare_threshold=None,  # a pooler in transaction mode may use another connection for the next statement
+        )
 
     def apply_one(self, migration: Migration, *_args: Any, **_kwargs: Any) -> None:
         """Apply a migration and record it, in the current transaction."""
