@@ -11,10 +11,10 @@ from tests.support.service import Service
 CALLS = {
     ("get", "/api/tasks"): {200, 304, 400, 413, 500, 503},
     ("post", "/api/tasks"): {201, 400, 413, 415, 422, 500, 503},
-    ("get", "/api/tasks/{task_id}"): {200, 304, 404, 413, 500, 503},
+    ("get", "/api/tasks/{task_id}"): {200, 304, 400, 404, 413, 500, 503},
     ("patch", "/api/tasks/{task_id}"): {200, 400, 404, 412, 413, 415, 500, 503},
-    ("delete", "/api/tasks/{task_id}"): {200, 404, 412, 413, 500, 503},
-    ("post", "/api/tasks/{task_id}/toggle"): {200, 404, 412, 413, 500, 503},
+    ("delete", "/api/tasks/{task_id}"): {200, 400, 404, 412, 413, 500, 503},
+    ("post", "/api/tasks/{task_id}/toggle"): {200, 400, 404, 412, 413, 500, 503},
 }
 REQUEST_HEADERS = {
     ("get", "/api/tasks"): {"If-None-Match"},

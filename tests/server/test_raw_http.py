@@ -60,6 +60,16 @@ def test_an_incomplete_or_malformed_body_is_rejected_and_stores_nothing(
     assert db.execute("SELECT 1 FROM tasks").fetchall() == []
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("DELETE", ""), ("POST", "/toggle")])
+def test_a_malformed_body_is_rejected_by_calls_that_need_none(
+    service: Service, db: psycopg.Connection[TupleRow], method: str, path: str
+) -> None:
+    task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    head = f"{method} /api/tasks/{task['id']}{path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert problem(service, head.encode() + b"zz\r\n")["type"] == "malformed_request"
+    assert db.execute("SELECT version FROM tasks").fetchall() == [(1,)]
+
+
 def test_a_body_of_many_chunks_is_read(service: Service) -> None:
     pieces = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"title": "x"}')
     status, headers, _ = send(service, POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")

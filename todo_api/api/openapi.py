@@ -84,17 +84,17 @@ LIST_ETAG = {
 
 # Names of responses, beside the types of problems.
 INVALID_QUERY = "invalid_query"
+INVALID_BODY = "invalid_body"
 UNSUPPORTED_PATCH = "unsupported_patch"
-_INVALID_BODY = "invalid_body"
-_STATUSES = {INVALID_QUERY: 400, UNSUPPORTED_PATCH: 415}
+_STATUSES = {INVALID_QUERY: 400, INVALID_BODY: 400, UNSUPPORTED_PATCH: 415}
 _VALIDATION_ERRORS = {
     INVALID_QUERY: {"parameter": "limit", "detail": f"Limit must be between 1 and {schemas.MAX_LIMIT}"},
-    _INVALID_BODY: {
+    INVALID_BODY: {
         "pointer": "#/title",
         "detail": f"Title exceeds maximum length of {schemas.MAX_TITLE_LENGTH} characters",
     },
 }
-_MALFORMED = {INVALID_QUERY: "The query is not UTF-8", _INVALID_BODY: "The body is incomplete"}
+_MALFORMED = {INVALID_QUERY: "The query is not UTF-8", INVALID_BODY: "The body is incomplete"}
 _DETAILS = {404: "No such task", 412: str(problems.VersionMismatch('"1"').description)}
 
 
@@ -131,8 +131,8 @@ class _Finish(BasePlugin):
 def documented(*statuses: int | str, takes: Sequence[str] = (), **operation: Any) -> Callable[[View], View]:
     """Document an endpoint: its statuses other than success, and the request headers that it ``takes``.
 
-    400 is for an invalid body. ``INVALID_QUERY`` is the 400 for an invalid query, and ``UNSUPPORTED_PATCH`` is the 415
-    of a PATCH. ``operation`` has other fields of the OpenAPI operation.
+    ``INVALID_BODY`` and ``INVALID_QUERY`` are the 400s of endpoints that read a body or a query, and
+    ``UNSUPPORTED_PATCH`` is the 415 of a PATCH. ``operation`` has other fields of the OpenAPI operation.
     """
 
     def decorate(view: View) -> View:
@@ -181,8 +181,7 @@ def init_app(app: Flask) -> Api:
 
 
 def _name(status: int) -> str:
-    names = {HTTPStatus.NOT_MODIFIED: "not_modified", HTTPStatus.BAD_REQUEST: _INVALID_BODY}
-    return names.get(HTTPStatus(status)) or problems.KINDS[status][0]
+    return "not_modified" if status == HTTPStatus.NOT_MODIFIED else problems.KINDS[status][0]
 
 
 def _request_header(name: str) -> dict[str, Any]:

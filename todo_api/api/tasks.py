@@ -11,7 +11,15 @@ from todo_api.api.blueprint import Blueprint
 from todo_api.api.body import MERGE_PATCH
 from todo_api.api.current_database import database
 from todo_api.api.identity import current_user
-from todo_api.api.openapi import INVALID_QUERY, LIST_ETAG, UNSUPPORTED_PATCH, Api, documented, response_headers
+from todo_api.api.openapi import (
+    INVALID_BODY,
+    INVALID_QUERY,
+    LIST_ETAG,
+    UNSUPPORTED_PATCH,
+    Api,
+    documented,
+    response_headers,
+)
 from todo_api.api.problems import MalformedRequest, VersionMismatch
 from todo_api.api.responses import list_response, or_not_modified, task_response
 from todo_api.api.schemas import EXAMPLE, MAX_KEY_LENGTH, MAX_LIMIT, NewTask, Task, TaskChanges, TaskQuery
@@ -88,7 +96,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
 @blueprint.route("", methods=["POST"])
 @blueprint.arguments(NewTask(), example={"title": "Buy milk"})
 @blueprint.response(201, Task, example=EXAMPLE, headers=response_headers("Location", "ETag", "Cache-Control"))
-@documented(400, 413, 415, 422, 500, 503, takes=["Idempotency-Key"])
+@documented(INVALID_BODY, 413, 415, 422, 500, 503, takes=["Idempotency-Key"])
 def create_task(task: dict[str, Any]) -> Response:
     """Create a task.
 
@@ -112,7 +120,7 @@ def create_task(task: dict[str, Any]) -> Response:
 
 @blueprint.route("/<task_id:task_id>")
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
-@documented(304, 404, 413, 500, 503, takes=["If-None-Match"])
+@documented(304, 400, 404, 413, 500, 503, takes=["If-None-Match"])
 def get_task(task_id: int) -> Response:
     """Get a task.
 
@@ -126,7 +134,7 @@ def get_task(task_id: int) -> Response:
 @blueprint.arguments(TaskChanges(), example={"completed": True})
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
 @documented(
-    *(400, 404, 412, 413, UNSUPPORTED_PATCH, 500, 503),
+    *(INVALID_BODY, 404, 412, 413, UNSUPPORTED_PATCH, 500, 503),
     takes=["If-Match"],
     requestBody={"content": {MERGE_PATCH: {"schema": TaskChanges, "example": {"description": None}}}},
 )
@@ -141,7 +149,7 @@ def update_task(changes: dict[str, Any], task_id: int) -> Response:
 
 @blueprint.route("/<task_id:task_id>", methods=["DELETE"])
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
-@documented(404, 412, 413, 500, 503, takes=["If-Match"])
+@documented(400, 404, 412, 413, 500, 503, takes=["If-Match"])
 def delete_task(task_id: int) -> Response:
     """Delete a task.
 
@@ -152,7 +160,7 @@ def delete_task(task_id: int) -> Response:
 
 @blueprint.route("/<task_id:task_id>/toggle", methods=["POST"])
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
-@documented(404, 412, 413, 500, 503, takes=["If-Match"])
+@documented(400, 404, 412, 413, 500, 503, takes=["If-Match"])
 def toggle_task(task_id: int) -> Response:
     """Toggle a task.
 
