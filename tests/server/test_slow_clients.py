@@ -1,5 +1,6 @@
 """Clients that send slowly, or never to the end: nobody else waits for them, and they do not wait for ever."""
 
+import json
 import re
 import socket
 import sys
@@ -9,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
+import psycopg
 import pytest
+from psycopg.rows import TupleRow
 
 from tests.support.fixtures import Figure, Start
-from tests.support.service import Service
+from tests.support.processes import wait_until
+from tests.support.service import Service, workers
 
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -109,3 +113,72 @@ def test_sixteen_clients_that_send_a_byte_at_a_time_hold_up_nobody(
             waits.append(time.monotonic() - began)
     figure(f"slowest of 10 reads with a create, beside 16 clients that send their {part} slowly", f"{max(waits):.2f} s")
     assert max(waits) < 3
+
+
+# A list of them is larger than the buffers of the kernel.
+MANY_TASKS = """
+    INSERT INTO tasks (user_id, title, description)
+    SELECT 'local', 'one of many', repeat('x', 2000) FROM generate_series(1, 10000)
+"""
+
+
+def reader(service: Service) -> socket.socket:
+    """Ask for a large list, over a connection that takes little at a time."""
+    connection = socket.socket()
+    connection.settimeout(60)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", service.port))
+    connection.sendall(b"GET /api/tasks HTTP/1.1\r\nHost: x\r\n\r\n")
+    return connection
+
+
+def test_sixteen_clients_that_read_slowly_hold_up_nobody(
+    database_url: str, db: psycopg.Connection[TupleRow], start: Start
+) -> None:
+    service = start(DATABASE_URL=database_url, WEB_CONCURRENCY=1).wait()
+    db.execute(MANY_TASKS)
+    with ExitStack() as opened, httpx.Client(base_url=service.url, timeout=60) as client:
+        readers = [opened.enter_context(reader(service)) for _ in range(16)]
+        waits = []
+        for _ in range(10):
+            began = time.monotonic()
+            assert client.get("/api/tasks?limit=1").status_code == 200
+            for connection in readers:
+                assert connection.recv(1)
+            waits.append(time.monotonic() - began)
+        assert sum(waits) < 10  # each of them would keep a thread for longer
+    assert service.stop() == 0
+
+
+def test_a_client_that_reads_slowly_gets_everything_and_can_go_on(
+    database_url: str, db: psycopg.Connection[TupleRow], start: Start
+) -> None:
+    service = start(DATABASE_URL=database_url).wait()
+    db.execute(MANY_TASKS)
+    with reader(service) as connection, connection.makefile("rb") as stream:
+        time.sleep(0.5)  # longer than a thread waits
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        for kind in (list, dict):
+            head = b"".join(iter(stream.readline, b"\r\n"))
+            assert head.startswith(b"HTTP/1.1 200 ")
+            [length] = re.findall(rb"Content-Length: (\d+)", head)
+            assert isinstance(json.loads(stream.read(int(length))), kind)
+
+
+@pytest.mark.long
+def test_a_client_that_stops_reading_is_disconnected(
+    database_url: str, db: psycopg.Connection[TupleRow], start: Start
+) -> None:
+    service = start(DATABASE_URL=database_url, WEB_CONCURRENCY=1).wait()
+    db.execute(MANY_TASKS)
+    [worker] = workers(service)
+
+    def clients() -> int:
+        return len(
+            [found for found in worker.net_connections("tcp4") if found.raddr and found.laddr[1] == service.port]
+        )
+
+    others = clients()
+    with reader(service):
+        wait_until(lambda: clients() == others + 1)
+        wait_until(lambda: clients() == others, timeout=30)

@@ -66,6 +66,7 @@ forwarder_headers = ""  # a SCRIPT_NAME header must not change the routing
 secure_scheme_headers: dict[str, str] = {}  # nothing depends on the scheme, and contradictory headers would cause a 400
 limit_request_line = 8190  # bytes; gunicorn's maximum
 limit_request_fields = 50
+sendfile = False  # a thread would wait for clients that read the docs page slowly
 control_socket_disable = True  # gunicorn opens a control socket by default, and nothing here uses it
 errorlog = "-"  # standard error
 loglevel = "warning"  # without gunicorn's own lines about the start; when_ready logs the start

@@ -23,6 +23,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from todo_api import config, startup
 from todo_api.server import gunicorn_check
+from todo_api.server.client_socket import ClientSocket
 from todo_api.server.reader import Reader
 from todo_api.server.response import Response
 
@@ -30,6 +31,8 @@ _ACCEPT_PAUSE = 0.00005  # seconds; long enough for another worker to wake up
 _NEXT_REQUEST_WAIT = 1  # milliseconds
 _CLOSE_TIMEOUT = 2.0  # seconds for a client to close its side; gunicorn's own value
 _READ_SIZE = 65_536  # bytes
+_READ_TIMEOUT = 10.0  # seconds in which a client reads nothing of a response
+_KEPT_RESPONSES = 256 * 1024 * 1024  # bytes that clients have not read yet
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
 
 
@@ -50,7 +53,8 @@ def _sends_more(conn: Any) -> bool:
 class Worker(ThreadWorker):
     """A worker that accepts its share of the connections. Its threads take requests without gunicorn's main loop.
 
-    A thread waits neither for the next request nor for the rest of one. The poller of the main loop waits for both.
+    A thread waits neither for the next request, nor for the rest of one, nor for a client that reads its response
+    slowly. The poller of the main loop waits for all three.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +62,7 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
         self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
+        self.sending: dict[Any, Any] = {}  # connections in the poller whose client reads slowly, and what follows then
         self.request_deadline = inf  # of every request, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
         self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
@@ -137,6 +142,7 @@ class Worker(ThreadWorker):
         if conn.initialized or conn.data_ready:
             self.ready_connections.put(conn)
             return
+        conn.sock = ClientSocket(conn.sock)
         conn.set_timeout()
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
@@ -156,7 +162,7 @@ class Worker(ThreadWorker):
                         self._wait(conn)
                     continue
                 result = self.handle(conn)
-                if result is True and self._keep(conn):
+                if result is True and not conn.sock.unsent and self._keep(conn):
                     continue
             except ParseException as error:
                 self.handle_error(None, conn.sock, conn.client, error)
@@ -166,7 +172,7 @@ class Worker(ThreadWorker):
             except BaseException:  # the thread must continue with other connections
                 self.log.exception("Error handling request")
                 result = False
-            self.method_queue.defer(self.finish_request, conn, result)
+            self.method_queue.defer(self._send_rest if conn.sock.unsent else self.finish_request, conn, result)
 
     def _is_request_there(self, conn: Any) -> bool:
         if not conn.initialized:
@@ -209,7 +215,7 @@ class Worker(ThreadWorker):
 
         With one client, passing the connection through the main loop took a quarter of the time of a read.
         """
-        while (keep := super().handle(conn)) is True and self.alive:
+        while (keep := super().handle(conn)) is True and self.alive and not conn.sock.unsent:
             if not self.ready_connections.empty() or not _sends_more(conn) or not self._is_request_there(conn):
                 break
         return keep
@@ -218,6 +224,30 @@ class Worker(ThreadWorker):
         """Handle a request, without gunicorn's "100 Continue": the reader sends it if the body is welcome."""
         req._expected_100_continue = False
         return super().handle_request(req, conn)
+
+    def _send_rest(self, conn: Any, result: Any) -> None:
+        """Let the poller send the rest of a response. If too much is kept, give up the responses that began first."""
+        conn.timeout = time.monotonic() + _READ_TIMEOUT
+        self.sending[conn] = result
+        self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._on_writable, conn))
+        while len(self.sending) > 1 and sum(other.sock.unsent for other in self.sending) > _KEPT_RESPONSES:
+            self._give_up(next(iter(self.sending)))
+
+    def _on_writable(self, conn: Any, sock: ClientSocket) -> None:
+        try:
+            if sock.send_more():
+                conn.timeout = time.monotonic() + _READ_TIMEOUT
+        except OSError:
+            self._give_up(conn)
+            return
+        if not sock.unsent:
+            self.poller.unregister(sock)
+            self.finish_request(conn, self.sending.pop(conn))
+
+    def _give_up(self, conn: Any) -> None:
+        del self.sending[conn]
+        self.poller.unregister(conn.sock)
+        self._forget(conn)
 
     def finish_request(self, conn: Any, result: Any) -> None:
         """Keep or close a connection. gunicorn would block here until the client has closed its side too."""
@@ -255,6 +285,8 @@ class Worker(ThreadWorker):
         """Close the connections whose timeout has passed."""
         super().murder_pending()
         self._end_unfinished()
+        for conn in [conn for conn in self.sending if conn.timeout < time.monotonic()]:
+            self._give_up(conn)
         while self.closing_connections and self.closing_connections[0].timeout < time.monotonic():
             conn = self.closing_connections.popleft()
             self.poller.unregister(conn.sock)
