@@ -13,6 +13,7 @@ import pytest
 from tests.support.databases import as_url
 from tests.support.fixtures import Figure, Start
 from tests.support.load import at_once
+from tests.support.network import Network, NetworkPostgres, NetworkService
 from tests.support.postgres import Postgres, connections
 from tests.support.problems import assert_problem
 from tests.support.processes import free_port, servers_in, wait_until
@@ -31,6 +32,23 @@ def postgres(tmp_path: Path) -> Iterator[Postgres]:
     running = Postgres(tmp_path / "server")
     yield running
     running.stop()
+
+
+@pytest.fixture
+def network_postgres(tmp_path: Path) -> Iterator[NetworkPostgres]:
+    """Run a PostgreSQL in a network of its own."""
+    running = NetworkPostgres(tmp_path / "server", Network())
+    yield running
+    running.stop()
+    running.network.end()
+
+
+@pytest.fixture
+def network_service(network_postgres: NetworkPostgres, tmp_path: Path) -> Iterator[Service]:
+    """Run a service that reaches the PostgreSQL through that network."""
+    running = NetworkService(tmp_path / "log", network_postgres)
+    yield running.wait()
+    assert running.stop() == 0
 
 
 def create(service: Service, title: str) -> str:
@@ -79,6 +97,29 @@ def test_a_search_through_a_million_tasks_is_answered_four_times_at_once(
     assert [response.status_code for response in responses] == [200] * 4
     assert [response.json() for response in responses] == [[]] * 4
     assert service.stop() == 0
+
+
+LARGEST_CHARACTER = "\U0001f600"  # four bytes in UTF-8
+LARGEST = """
+    INSERT INTO tasks (user_id, title, description)
+    SELECT 'local', lpad('.' || n, 200, U&'\\+01F600'), repeat(U&'\\+01F600', 2000) FROM generate_series(1, 10000) AS n
+"""
+
+
+@pytest.mark.long
+def test_10_000_of_the_largest_tasks_arrive_completely_over_a_slow_link(
+    network_postgres: NetworkPostgres, network_service: Service, figure: Figure
+) -> None:
+    with psycopg.connect(network_postgres.conninfo) as db:
+        db.execute(LARGEST.encode())
+    network_postgres.network.slow_down("30mbit")
+    began = time.monotonic()
+    response = network_service.client.get("/api/tasks", timeout=120)
+    figure("10 000 of the largest tasks at 30 Mbit/s, s", round(time.monotonic() - began, 1))
+    assert response.status_code == httpx.codes.OK
+    tasks = response.json()
+    assert [task["title"].lstrip(LARGEST_CHARACTER) for task in tasks] == [f".{n}" for n in range(10_000, 0, -1)]
+    assert {(len(task["title"]), task["description"]) for task in tasks} == {(200, LARGEST_CHARACTER * 2000)}
 
 
 SLOW_READS = """
