@@ -1,14 +1,17 @@
 """Busy threads and slow statements are no outage: they are waited for, and what hangs is found out."""
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
 import psycopg
 import pytest
+from psycopg.rows import TupleRow
 
 from tests.support.databases import as_url
 from tests.support.fixtures import Figure, Start
@@ -189,28 +192,30 @@ def test_a_worker_that_finds_no_free_connection_goes_on_with_503s(tmp_path: Path
     data_dir = tmp_path.resolve() / "data"
     service = start(DATA_DIR=data_dir, WEB_THREADS=64).wait()
     admin = f"host={data_dir / 'postgres'} port=5432 user=postgres dbname=postgres"
-    with psycopg.connect(admin, autocommit=True) as db:
+    with psycopg.connect(admin) as db:
         [[allowed]] = db.execute("SHOW max_connections").fetchall()
-        assert int(allowed) >= 2 * 64 + 10  # enough for a reload
-        others = []
-        while True:
-            try:
-                others.append(psycopg.connect(admin))
-            except psycopg.OperationalError:
-                break
-        [worker] = workers(service)
-        worker.kill()
+    assert int(allowed) >= 2 * 64 + 10  # enough for a reload
+    [worker] = workers(service)
+    service.process.send_signal(signal.SIGSTOP)  # so that the next worker starts when all connections are taken
+    worker.kill()
+    with ExitStack() as others:
+        for _ in range(int(allowed)):
+            others.enter_context(closing(connect_once_possible(admin)))
+        service.process.send_signal(signal.SIGCONT)
         wait_until(lambda: [w.pid for w in workers(service)] not in ([], [worker.pid]))
-        taken = psycopg.connect  # the killed worker's connections are taken at once
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            try:
-                others.append(taken(admin))
-            except psycopg.OperationalError:
-                time.sleep(0.01)
-        assert service.process.poll() is None, service.log()
+        for _ in range(20):
+            assert_problem(service.client.get("/api/tasks"), 503, "database_unavailable")
+        assert "too many clients already" in service.log()
         assert "createdb" not in service.log()
-        for other in others:
-            other.close()
+        assert service.process.poll() is None, service.log()
     service.wait()
     assert service.stop() == 0
+
+
+def connect_once_possible(conninfo: str) -> psycopg.Connection[TupleRow]:
+    """Return a connection after waiting until the server allows one more."""
+    while True:
+        try:
+            return psycopg.connect(conninfo)
+        except psycopg.OperationalError:
+            time.sleep(0.05)
