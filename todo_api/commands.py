@@ -18,7 +18,7 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         """Apply the migrations that are not applied yet."""
         _exit_on_signals()
         try:
-            startup.prepare(settings)
+            startup.prepare_patiently(settings)
         except (config.StartError, database.UnavailableError) as error:
             startup.fail(error)
         click.echo("The database is up to date.")

@@ -4,12 +4,15 @@ import logging
 import sys
 import tempfile
 import threading
+import time
 from typing import NoReturn
 
 from todo_api import config, database, embedded
 from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
+
+_WAKE_TIMEOUT = 30  # seconds
 
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
@@ -107,6 +110,26 @@ def _check_connection_limit(settings: Settings, conninfo: str) -> None:
         )
 
 
+def prepare_patiently(settings: Settings) -> None:
+    """Prepare the database. If it does not respond, keep trying for half a minute: a hosted one may have to wake up.
+
+    Raises:
+        StartError: the database cannot be prepared until a person changes something.
+        UnavailableError: the database cannot be reached.
+
+    """
+    deadline = time.monotonic() + _WAKE_TIMEOUT
+    while True:
+        try:
+            prepare(settings)
+        except database.SilentError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("the database does not respond yet: %s", _first_line(error))
+        else:
+            return
+
+
 def prepare_or_fail(settings: Settings) -> None:
     """Prepare the database, or end the process if a person has to change something.
 
@@ -121,4 +144,8 @@ def prepare_or_fail(settings: Settings) -> None:
         fail(error)
     except database.UnavailableError as error:
         _unreachable.add(settings.database_url)
-        log.warning("the database cannot be reached yet: %s", str(error).partition("\n")[0])
+        log.warning("the database cannot be reached yet: %s", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

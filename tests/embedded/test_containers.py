@@ -159,6 +159,27 @@ def test_a_stop_that_cannot_stop_the_server_says_so(open_folder: Path, data_dir:
 
 
 @as_root
+def test_a_stop_that_may_not_signal_the_server_says_so(
+    open_folder: Path, data_dir: Path, open_programs: Path, start: Start
+) -> None:
+    without_kill = ["setpriv", "--bounding-set=-kill"]
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=without_kill).wait()
+    task_id = create_task(service)
+    postmaster = postmaster_in(open_folder)
+    assert service.stop() == 0
+    line = f"the PostgreSQL in {data_dir}/postgres may not be stopped by this user (process {postmaster.pid}) and keeps"
+    assert service.log().count(line) == 1
+    assert "Traceback" not in service.log()
+
+    # The next service uses that server, and stops it.
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs).wait()
+    assert has_task(service, task_id)
+    assert postmaster_in(open_folder) == postmaster
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+
+
+@as_root
 @pytest.mark.parametrize("closed", ["the folder", "the programs"])
 def test_a_closed_folder_that_root_cannot_open_to_the_server_is_named(
     closed: str, open_folder: Path, start: Start, open_programs: Path

@@ -1,18 +1,22 @@
 """Busy threads and slow statements are no outage: they are waited for, and what hangs is found out."""
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
 import psycopg
 import pytest
+from psycopg.rows import TupleRow
 
 from tests.support.databases import as_url
 from tests.support.fixtures import Figure, Start
 from tests.support.load import at_once
+from tests.support.network import Network, NetworkPostgres, NetworkService
 from tests.support.postgres import Postgres, connections
 from tests.support.problems import assert_problem
 from tests.support.processes import free_port, servers_in, wait_until
@@ -31,6 +35,23 @@ def postgres(tmp_path: Path) -> Iterator[Postgres]:
     running = Postgres(tmp_path / "server")
     yield running
     running.stop()
+
+
+@pytest.fixture
+def network_postgres(tmp_path: Path) -> Iterator[NetworkPostgres]:
+    """Run a PostgreSQL in a network of its own."""
+    running = NetworkPostgres(tmp_path / "server", Network())
+    yield running
+    running.stop()
+    running.network.end()
+
+
+@pytest.fixture
+def network_service(network_postgres: NetworkPostgres, tmp_path: Path) -> Iterator[Service]:
+    """Run a service that reaches the PostgreSQL through that network."""
+    running = NetworkService(tmp_path / "log", network_postgres)
+    yield running.wait()
+    assert running.stop() == 0
 
 
 def create(service: Service, title: str) -> str:
@@ -79,6 +100,29 @@ def test_a_search_through_a_million_tasks_is_answered_four_times_at_once(
     assert [response.status_code for response in responses] == [200] * 4
     assert [response.json() for response in responses] == [[]] * 4
     assert service.stop() == 0
+
+
+LARGEST_CHARACTER = "\U0001f600"  # four bytes in UTF-8
+LARGEST = """
+    INSERT INTO tasks (user_id, title, description)
+    SELECT 'local', lpad('.' || n, 200, U&'\\+01F600'), repeat(U&'\\+01F600', 2000) FROM generate_series(1, 10000) AS n
+"""
+
+
+@pytest.mark.long
+def test_10_000_of_the_largest_tasks_arrive_completely_over_a_slow_link(
+    network_postgres: NetworkPostgres, network_service: Service, figure: Figure
+) -> None:
+    with psycopg.connect(network_postgres.conninfo) as db:
+        db.execute(LARGEST.encode())
+    network_postgres.network.slow_down("30mbit")
+    began = time.monotonic()
+    response = network_service.client.get("/api/tasks", timeout=120)
+    figure("10 000 of the largest tasks at 30 Mbit/s, s", round(time.monotonic() - began, 1))
+    assert response.status_code == httpx.codes.OK
+    tasks = response.json()
+    assert [task["title"].lstrip(LARGEST_CHARACTER) for task in tasks] == [f".{n}" for n in range(10_000, 0, -1)]
+    assert {(len(task["title"]), task["description"]) for task in tasks} == {(200, LARGEST_CHARACTER * 2000)}
 
 
 SLOW_READS = """
@@ -148,28 +192,30 @@ def test_a_worker_that_finds_no_free_connection_goes_on_with_503s(tmp_path: Path
     data_dir = tmp_path.resolve() / "data"
     service = start(DATA_DIR=data_dir, WEB_THREADS=64).wait()
     admin = f"host={data_dir / 'postgres'} port=5432 user=postgres dbname=postgres"
-    with psycopg.connect(admin, autocommit=True) as db:
+    with psycopg.connect(admin) as db:
         [[allowed]] = db.execute("SHOW max_connections").fetchall()
-        assert int(allowed) >= 2 * 64 + 10  # enough for a reload
-        others = []
-        while True:
-            try:
-                others.append(psycopg.connect(admin))
-            except psycopg.OperationalError:
-                break
-        [worker] = workers(service)
-        worker.kill()
+    assert int(allowed) >= 2 * 64 + 10  # enough for a reload
+    [worker] = workers(service)
+    service.process.send_signal(signal.SIGSTOP)  # so that the next worker starts when all connections are taken
+    worker.kill()
+    with ExitStack() as others:
+        for _ in range(int(allowed)):
+            others.enter_context(closing(connect_once_possible(admin)))
+        service.process.send_signal(signal.SIGCONT)
         wait_until(lambda: [w.pid for w in workers(service)] not in ([], [worker.pid]))
-        taken = psycopg.connect  # the killed worker's connections are taken at once
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            try:
-                others.append(taken(admin))
-            except psycopg.OperationalError:
-                time.sleep(0.01)
-        assert service.process.poll() is None, service.log()
+        for _ in range(20):
+            assert_problem(service.client.get("/api/tasks"), 503, "database_unavailable")
+        assert "too many clients already" in service.log()
         assert "createdb" not in service.log()
-        for other in others:
-            other.close()
+        assert service.process.poll() is None, service.log()
     service.wait()
     assert service.stop() == 0
+
+
+def connect_once_possible(conninfo: str) -> psycopg.Connection[TupleRow]:
+    """Return a connection after waiting until the server allows one more."""
+    while True:
+        try:
+            return psycopg.connect(conninfo)
+        except psycopg.OperationalError:
+            time.sleep(0.05)

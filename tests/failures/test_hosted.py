@@ -66,6 +66,23 @@ def test_a_database_that_wakes_up_slowly_is_reached_without_any_setting(sleepy: 
 def test_migrate_waits_as_long_as_the_url_says(sleepy: SlowRelay) -> None:
     done = flask("migrate", DATABASE_URL=as_url(make_conninfo(sleepy.conninfo, connect_timeout=60)))
     assert (done.returncode, done.stdout) == (0, "The database is up to date.\n"), done.stderr
+    assert "does not respond yet" not in done.stderr
+
+
+def test_migrate_wakes_a_database_without_any_setting(sleepy: SlowRelay) -> None:
+    done = flask("migrate", DATABASE_URL=as_url(sleepy.conninfo))
+    assert (done.returncode, done.stdout) == (0, "The database is up to date.\n"), done.stderr
+    assert done.stderr.count("the database does not respond yet: connection timeout expired") == 1
+
+
+@pytest.mark.long
+def test_migrate_does_not_wait_forever_for_a_database_that_never_wakes(sleepy: SlowRelay) -> None:
+    sleepy.delay = 600
+    began = time.monotonic()
+    done = flask("migrate", DATABASE_URL=as_url(sleepy.conninfo))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert 20 < time.monotonic() - began < 60
+    assert done.stderr.splitlines()[-1].startswith("todo_api: connection timeout expired")
 
 
 def test_sockets_of_failed_attempts_are_closed(sleepy: SlowRelay, start: Start) -> None:

@@ -167,6 +167,7 @@ SLOW = """
     CREATE FUNCTION sleep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(3); RETURN new; END';
     CREATE TRIGGER sleep AFTER UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION sleep()
 """
+AT_WORK = "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api' AND state <> 'idle'"
 
 
 def test_a_change_of_a_locked_task_gets_a_503_and_has_no_effect(service: Service, postgres: Postgres) -> None:
@@ -186,11 +187,33 @@ def test_a_long_statement_is_answered(service: Service, postgres: Postgres) -> N
     assert service.client.get(f"/api/tasks/{task['id']}").json()["version"] == 2
 
 
+def test_slow_statements_on_all_connections_of_the_pooler_are_answered_or_get_a_quick_503(
+    service: Service, postgres: Postgres
+) -> None:
+    tasks = [service.client.post("/api/tasks", json={"title": "Buy milk"}).json() for _ in range(8)]
+    paths = [f"/api/tasks/{task['id']}" for task in tasks]
+    query(postgres, SLOW)
+    responses = at_once(service, 8, lambda client, number: client.post(f"{paths[number]}/toggle"))
+    wait_until(lambda: query(postgres, AT_WORK) == [])
+    query(postgres, "DROP FUNCTION sleep CASCADE")
+    service.wait()
+    for task, path, response in zip(tasks, paths, responses, strict=True):
+        # After a 503 a client does not know whether the change was done. It is never done twice.
+        now = service.client.get(path).json()
+        if response.status_code == httpx.codes.OK:
+            assert response.json() == now
+        else:
+            assert_problem(response, 503, "database_unavailable")
+        assert now["version"] == task["version"] + now["completed"]
+        assert service.client.post(f"{path}/toggle").json()["version"] == now["version"] + 1
+    assert_quick(service)
+    assert "Traceback" not in service.log()
+
+
 def assert_undone(service: Service, postgres: Postgres, task: dict[str, Any]) -> None:
     """Check that a toggle gets a quick 503, and that PostgreSQL soon cancels its statement."""
     assert_problem(service.client.post(f"/api/tasks/{task['id']}/toggle"), 503, "database_unavailable")
-    at_work = "SELECT pid FROM pg_stat_activity WHERE application_name = 'todo_api' AND state <> 'idle'"
-    wait_until(lambda: query(postgres, at_work) == [])
+    wait_until(lambda: query(postgres, AT_WORK) == [])
     assert_quick(service)
 
 

@@ -130,7 +130,8 @@ def test_systemd_can_activate_the_socket(is_port_set: bool, data_dir: Path, star
 
 
 def test_sigusr2_replaces_the_service_without_a_refused_request(tmp_path: Path, start: Start) -> None:
-    service = start(DATA_DIR=tmp_path / "data", cwd=ROOT.parent, command=[sys.executable, str(ROOT / "wsgi.py")]).wait()
+    command = [sys.executable, f"{ROOT.name}/wsgi.py"]
+    service = start(DATA_DIR=tmp_path / "data", cwd=ROOT.parent, command=command).wait()
     old = service.process
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     old.send_signal(signal.SIGUSR2)
@@ -176,10 +177,17 @@ def test_too_few_open_files_stop_the_start_with_one_line(
 def test_few_open_files_are_enough_for_fewer_clients(limit: int, threads: int, tmp_path: Path, start: Start) -> None:
     files = ["prlimit", f"--nofile={limit}:{limit}"]
     service = start(prefix=files, WEB_THREADS=threads, DATA_DIR=tmp_path / "data").wait()
-    with ExitStack() as clients:
+    with ExitStack() as opened:
         for _ in range(16):
-            clients.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
+            opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
         assert service.client.post("/api/tasks", json={"title": "x"}).status_code == httpx.codes.CREATED
+    with ExitStack() as opened:
+        clients = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30)) for _ in range(150)
+        ]
+        for client in clients:  # most of them have to wait until others are done
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
+        assert all(client.recv(65_536).startswith(b"HTTP/1.1 200") for client in clients)
     for _ in range(200):  # no file is left open
         assert service.client.get("/healthz", headers={"Connection": "close"}).is_success
     assert service.stop() == 0

@@ -65,7 +65,11 @@ def in_store(*certificates: Path, folder: Path) -> list[str]:
     return ["unshare", "--mount", *users, "sh", "-c", f'mount --bind "$0" {STORE} && exec "$@"', str(store)]
 
 
-def test_the_certificates_of_the_system_are_found(relay: TlsRelay, tmp_path: Path, start: Start) -> None:
+def test_the_certificates_of_the_system_are_found(
+    relay: TlsRelay, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # with these, OpenSSL finds them by itself
+        monkeypatch.delenv(variable, raising=False)
     url = f"postgresql://postgres@localhost:{relay.port}/postgres?sslrootcert=system"
     service = start(DATABASE_URL=url, prefix=in_store(tmp_path / "ca.crt", folder=tmp_path)).wait()
     assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED

@@ -33,7 +33,7 @@ class Network:
 
     def __init__(self) -> None:
         """Create the network, which exists until ``end`` is called."""
-        for name in ("ip", "nft", "nsenter", "unshare"):
+        for name in ("ip", "nft", "nsenter", "tc", "unshare"):
             program(name)
         self.holder = subprocess.Popen(
             ["unshare", "--net", *([] if _ROOT else ["--map-root-user"]), "sh", "-c", "ip link set lo up && exec cat"],
@@ -63,6 +63,11 @@ class Network:
         """Drop the packets from and to these ports, as a firewall does after it has forgotten a connection."""
         named = ", ".join(map(str, ports))
         self._drop(f"tcp sport {{ {named} }} drop; tcp dport {{ {named} }} drop;")
+
+    def slow_down(self, rate: str) -> None:
+        """Let no more than this pass from now on, for example "40mbit" in a second."""
+        queue = f"tc qdisc add dev lo root tbf rate {rate} burst 256kb latency 400ms"
+        subprocess.run([*self._enter, *queue.split()], check=True)
 
     def _drop(self, rules: str) -> None:
         subprocess.run([*self._enter, "nft", _FROZEN % rules], check=True)

@@ -12,7 +12,7 @@ import psycopg
 
 from todo_api.database import statements
 from todo_api.database.connection import connection_limit, has_session_settings
-from todo_api.database.errors import InvalidValueError, UnavailableError, is_unprepared, translated
+from todo_api.database.errors import InvalidValueError, SilentError, UnavailableError, is_unprepared, translated
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
 from todo_api.database.statements import SEPARATOR
@@ -22,6 +22,7 @@ __all__ = [
     "SEPARATOR",
     "Database",
     "InvalidValueError",
+    "SilentError",
     "UnavailableError",
     "apply_migrations",
     "asks_for_tls",

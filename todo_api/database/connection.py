@@ -17,7 +17,7 @@ from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 
 from todo_api.database import statements, url
-from todo_api.database.errors import UnavailableError
+from todo_api.database.errors import UnavailableError, unreachable
 from todo_api.database.outage import Outage
 
 # A statement that takes longer is cancelled, even if the server works on it. The time includes the sending of the
@@ -305,7 +305,7 @@ def has_session_settings(conninfo: str) -> bool:
         try:
             return _session_setting(UnpreparedConnection, conninfo) == (b"on",)
         except psycopg.errors.ConnectionTimeout as error:
-            raise UnavailableError(str(error)) from error
+            raise unreachable(error) from error
         except psycopg.OperationalError as error:
             rejection = error
         try:
@@ -331,5 +331,5 @@ def connection_limit(conninfo: str) -> int:
         with UnpreparedConnection.connect(conninfo, **Connection.arguments) as connection:
             row = connection.fetch(statements.load()["database/connection_limit"].rows, [])
     except psycopg.Error as error:
-        raise UnavailableError(str(error)) from error
+        raise unreachable(error) from error
     return int(row[0]) if row else 0

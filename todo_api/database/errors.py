@@ -7,6 +7,10 @@ class UnavailableError(Exception):
     """The database cannot run the statement now. A retry may succeed later."""
 
 
+class SilentError(UnavailableError):
+    """The database did not respond in time. It may be waking up."""
+
+
 class InvalidValueError(Exception):
     """A parameter has a value that no column can hold."""
 
@@ -28,6 +32,12 @@ _TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidVa
     *((error, UnavailableError) for error in _UNPREPARED),
     (psycopg.DataError, InvalidValueError),  # class 22
 ]
+
+
+def unreachable(error: psycopg.Error) -> UnavailableError:
+    """Return the error for other packages that tells why the database cannot be reached."""
+    kind = SilentError if isinstance(error, psycopg.errors.ConnectionTimeout) else UnavailableError
+    return kind(str(error))
 
 
 def translated(error: psycopg.Error) -> Exception:

@@ -26,7 +26,7 @@ from yoyo.migrations import Migration, MigrationList, default_migration_table, t
 from todo_api.config import StartError
 from todo_api.database import statements
 from todo_api.database.connection import NetworkConnection
-from todo_api.database.errors import UnavailableError
+from todo_api.database.errors import unreachable
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
                 backend.apply_one(migration)
             return [migration.id for migration in pending]
     except psycopg.OperationalError as error:
-        raise UnavailableError(str(error)) from error
+        raise unreachable(error) from error
     except psycopg.Error as error:
         raise StartError(f"the migrations cannot be applied: {_first_line(error)}") from error
 

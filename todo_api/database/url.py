@@ -49,8 +49,8 @@ def with_defaults(conninfo: str, options: str = "", **defaults: str | int) -> st
 
 def asks_for_tls(conninfo: str) -> bool:
     """Return whether a connection string, a service file or libpq's environment variables require TLS."""
-    given = _resolved(conninfo)
-    return given["sslmode"] in {"require", "verify-ca", "verify-full"} or given.get("sslrootcert") == "system"
+    # With sslrootcert=system, libpq sets sslmode=verify-full.
+    return _resolved(conninfo)["sslmode"] in {"require", "verify-ca", "verify-full"}
 
 
 def _resolved(conninfo: str) -> dict[str, str]:
