@@ -38,7 +38,7 @@ _REASONS: dict[type[Exception], tuple[str, str]] = {
     errors.LimitRequestLine: ("The URL is too long", ""),
     errors.LimitRequestHeaders: ("The headers are too many or too large", ""),
 }
-_TIMEOUT = "The request did not arrive whole in time"
+_TIMEOUT = "The request was incomplete after the time limit"
 _OUTSIDE = "The path does not begin with SCRIPT_NAME; if a proxy removes that prefix, set URL_PREFIX instead"
 
 
