@@ -36,7 +36,7 @@ _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers fro
 _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
 
 
-# The keys are DATA_DIR as it is set:
+# The keys are the values of DATA_DIR, not resolved:
 _users: dict[Path, int] = {}  # the file descriptor of this process's lock on users.lock
 _servers: dict[Path, locks.ServerLock] = {}  # the server, even if the folder is moved or deleted
 _served: set[Path] = set()  # their server was used by this process, or by the one that it was forked from
