@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Return a function that starts a service. After the test, kill the services and PostgreSQL servers it left."""
+    """Return a function that starts a service. After the test, kill the services and servers that it left."""
     started: list[Service] = []
 
     def start(**options: Any) -> Service:
@@ -63,7 +63,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the connection string of a database that only this test process uses; pytest runs two of them."""
+    """Return the connection string of a database for this test process only; pytest runs two processes."""
     if given := os.environ.get("TEST_DATABASE_URL"):
         with new_database(given) as database:
             yield database

@@ -156,8 +156,8 @@ def _check_text(text: str) -> None:
 def _forget_other_dotenv() -> None:
     """Remove what the command ``flask`` has read from the .env of another project.
 
-    It reads the .env and the .flaskenv of the current folder or else of the nearest parent folder, before it imports
-    the application, and has no setting in a file that prevents that.
+    Before it imports the application, it reads .env and .flaskenv in the current folder or the nearest parent folder
+    that has them. No setting in a file prevents that.
     """
     if "FLASK_RUN_FROM_CLI" not in os.environ or os.environ.get("FLASK_SKIP_DOTENV"):
         return

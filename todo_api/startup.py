@@ -94,8 +94,8 @@ def _check_session_settings(conninfo: str) -> None:
 
 def _most_connections(settings: Settings) -> int:
     """Return how many connections the embedded server must allow."""
-    # During a reload, new workers run beside the old ones. Each may open one more connection to ask whether a silent
-    # server works. The rest is for psql.
+    # During a reload, new workers run beside the old ones. Each worker may open one more connection, to ask whether a
+    # silent server responds. The remaining 20 are for psql.
     return 2 * settings.web_concurrency * (settings.web_threads + 1) + 20
 
 

@@ -1,4 +1,4 @@
--- Creates a task and returns it.
+-- Creates a task, and returns it.
 --
 -- task     jsonb  {"title": string, "description": string or null, "completed": boolean}; only the title is required
 -- user_id  text   the owner of the task (default in psql: local)

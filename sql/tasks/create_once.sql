@@ -1,5 +1,5 @@
 -- Creates a task, unless its idempotency key was used before, and returns the task as it was created.
--- A retry returns this task again, even if it was changed or deleted in between. There is no row if the key was used
+-- A retry returns this task again, even if it was changed or deleted in between. Returns no row if the key was used
 -- with another task. A key is kept for at least 24 hours; each run deletes up to 10 older keys.
 --
 -- task             jsonb  as in create.sql

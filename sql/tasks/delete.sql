@@ -1,5 +1,5 @@
--- Deletes a task and returns it as it was before.
--- There is no row if the user has no such task at one of the versions in if_match.
+-- Deletes a task, and returns it as it was before.
+-- Returns no row if the user has no such task, or if its version is not in if_match.
 --
 -- task_id   bigint    the id of the task
 -- user_id   text      the owner of the task (default in psql: local)

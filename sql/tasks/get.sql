@@ -1,4 +1,4 @@
--- Returns one task. There is no row if the user has no such task.
+-- Returns one task, or no row if the user has no such task.
 --
 -- task_id  bigint  the id of the task
 -- user_id  text    the owner of the task (default in psql: local)

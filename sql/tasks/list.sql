@@ -4,8 +4,8 @@
 -- limit      integer  the largest number of tasks (default in psql: 50)
 -- completed  text     true or false; '' for both (default in psql: '')
 -- q          text     a substring of the title or the description, case-insensitive; '' for all (default in psql: '')
--- after      text     the cursor: created_at of the last task before the page, in microseconds since 1970, and its id,
---                     joined by _ (default in psql: the year 10000); that task need not exist any more
+-- after      text     the cursor: created_at, in microseconds since 1970, and id of the last task before the page,
+--                     joined by _; this task may be deleted by now (default in psql: a time in the year 10000)
 --
 -- psql -X -v ON_ERROR_STOP=1 -v completed=false -v q=milk -v limit=5 -f sql/tasks/list.sql "$DATABASE_URL"
 \if :{?user_id} \else \set user_id local \endif

@@ -1,6 +1,6 @@
--- Changes the given fields of a task (JSON Merge Patch, RFC 7396) and returns the task.
--- There is no row if the user has no such task at one of the versions in if_match. If no value changes, version and
--- updated_at stay the same.
+-- Changes the given fields of a task (JSON Merge Patch, RFC 7396), and returns the task.
+-- Returns no row if the user has no such task, or if its version is not in if_match.
+-- If no value changes, version and updated_at stay the same.
 --
 -- task_id   bigint    the id of the task
 -- changes   jsonb     any fields of {"title": string, "description": string or null, "completed": boolean}

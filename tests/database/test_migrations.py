@@ -53,7 +53,7 @@ def query(database: str, sql: str) -> list[TupleRow]:
 
 
 def applied_migrations(database: str) -> list[str]:
-    """Return the names of the applied migrations, each as often as it is in yoyo's log."""
+    """Return the names of the applied migrations in yoyo's log, repeated if they are logged repeatedly."""
     return [
         name
         for (name,) in query(

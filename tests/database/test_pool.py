@@ -20,7 +20,7 @@ def database(conninfo: str, connections: int = 1) -> Database:
     return Database(lambda: conninfo, connections=connections, pooler=False)
 
 
-def test_an_idle_connection_that_cannot_be_examined_is_replaced(conninfo: str) -> None:
+def test_an_idle_connection_that_cannot_be_checked_is_replaced(conninfo: str) -> None:
     ours = database(conninfo)
     for _ in range(3):
         assert ours.fetch_json("database/ready")
@@ -50,7 +50,7 @@ def succeeds(database: Database) -> bool:
         return False
 
 
-def test_statements_that_lose_to_others_are_tried_again(conninfo: str) -> None:
+def test_a_statement_that_postgresql_rolled_back_for_another_one_is_retried(conninfo: str) -> None:
     with new_database(conninfo) as strict:
         name = conninfo_to_dict(strict)["dbname"]
         with psycopg.connect(strict, autocommit=True) as db:

@@ -251,7 +251,7 @@ def own_database(conninfo: str) -> Iterator[str]:
 
 
 def run_psql_line(file: str, psql: str, conninfo: str) -> subprocess.CompletedProcess[str]:
-    """Run the psql line in the head comment of a file, exactly as it is written there."""
+    """Run the psql line in the head comment of a file, unchanged."""
     head = head_comment(file)
     [start] = [index for index, line in enumerate(head) if line.startswith("psql ")]
     path = f"{Path(psql).parent}{os.pathsep}{os.environ['PATH']}"

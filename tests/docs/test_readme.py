@@ -55,9 +55,8 @@ PROBLEM = block("README.md", "{", "json")
 PAGES = block("README.md", "for title")
 CONDITIONS = block("README.md", "curl -s -o")
 RETRIES = block("README.md", "for attempt")
-GENERATOR = block("README.md", "npx")
 TREE = block("README.md", "wsgi.py", "")
-OWN_POSTGRESQL = block("README.md", "DATABASE_URL=")
+OWN_POSTGRESQL = block(".deploy/README.md", "DATABASE_URL=")
 PSQL = block("sql/README.md", "psql")
 ROWS = block("sql/README.md", "id |", "")
 FLASK_PSQL = block("sql/README.md", ".venv/bin/flask psql -X -v task=")
@@ -195,17 +194,29 @@ def test_the_example_of_database_url_starts_the_service(service: Service, projec
 
 
 def test_the_tables_list_every_setting_and_every_problem() -> None:
-    rows = [line for line in README.splitlines() if line.startswith("| ")]
+    rows = [
+        row for name in ("README.md", ".deploy/README.md") for row in re.findall(r"^\| .+", READMES[name], re.MULTILINE)
+    ]
     settings = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row.split("|")[1])}
     assert settings == {name.upper() for name in Settings.__dataclass_fields__}
-    listed = {(int(status), kind) for status, kind in re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)}
+    problem_rows = [re.match(r"\| (\d+) \| `(\w+)` \|", row) for row in rows]
+    listed = {(int(row[1]), row[2]) for row in problem_rows if row}
     known = {(status, kind) for status, (kind, _) in problems.KINDS.items()}
     assert listed == known | {(400, "validation_error")}
 
 
+def test_the_settings_in_the_text_are_in_the_table_with_the_same_default() -> None:
+    shown = re.findall(r"`([A-Z_]+)`\s+\(`?([^`)]+)`?\)", README.partition("## Settings")[2].partition("\n## ")[0])
+    assert [name for name, _ in shown] == ["DATA_DIR", "HOST", "PORT", "USER_ID", "CORS_ORIGINS"]
+    rows = [line.split("|") for line in READMES[".deploy/README.md"].splitlines() if line.startswith("| ")]
+    for name, default in shown:
+        [row] = [row for row in rows if f"`{name}`" in row[1]]
+        assert default in row[2]
+
+
 def test_the_client_generator_has_the_tested_version() -> None:
     package = json.loads((ROOT / "tests" / "npm" / "package.json").read_text(encoding="utf-8"))
-    assert f"openapi-typescript@{package['dependencies']['openapi-typescript']} " in GENERATOR
+    assert f"`npx --yes openapi-typescript@{package['dependencies']['openapi-typescript']} " in README
 
 
 def test_the_figures_are_in_the_readme_of_the_benchmarks() -> None:
@@ -306,12 +317,15 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
 
 
 def paths_in(tree: str) -> set[str]:
-    """Return the paths in a tree of two levels."""
-    found, folder = set(), ""
+    """Return the paths in a tree of two levels, and the files that its texts describe, as in "pool.py: ..."."""
+    found, folder, entry = set(), "", ""
     for line in tree.splitlines():
-        entry = line.split()[0]
-        folder = folder if line.startswith(" ") else entry
-        found.add(f"{folder}{entry}" if line.startswith(" ") else entry)
+        name, text = line[:20].strip(), line[20:]
+        if name:
+            folder = folder if line.startswith(" ") else name
+            entry = f"{folder}{name}" if line.startswith(" ") else name
+            found.add(entry)
+        found |= {f"{entry}{file}" for file in re.findall(r"(\w+\.(?:py|sql|md)): ", text)}
     return found
 
 
@@ -326,7 +340,7 @@ def test_every_named_path_exists() -> None:
     assert missing == set()
     modules = {f"todo_api/{path.name}" for path in (ROOT / "todo_api").glob("*.py")}
     packages = {f"todo_api/{path.parent.name}/" for path in (ROOT / "todo_api").glob("*/__init__.py")}
-    assert {path for path in in_tree if re.fullmatch(r"todo_api/.+", path)} == modules | packages
+    assert {path for path in in_tree if re.fullmatch(r"todo_api/[^/]+/?", path)} == modules | packages
     routes = (ROOT / "todo_api" / "api" / "tasks.py").read_text(encoding="utf-8")
     assert "def update_task(" in routes
     assert '"tasks/update"' in routes

@@ -51,7 +51,9 @@ def test_no_second_server_is_started_if_the_first_cannot_be_reached(
     assert stop(third) == 0
 
 
-def test_a_stopped_server_in_another_container_is_waited_for(open_folder: Path, data_dir: Path, start: Start) -> None:
+def test_a_start_waits_for_a_suspended_server_in_another_container(
+    open_folder: Path, data_dir: Path, start: Start
+) -> None:
     first = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
     tasks = [create_task(first)]
     postmaster = postmaster_in(open_folder)
@@ -71,24 +73,24 @@ def test_a_stopped_server_in_another_container_is_waited_for(open_folder: Path, 
 
 
 def suspended(data_dir: Path) -> "Suspended":
-    """Stop the processes of the server for the time of a block, as "docker pause" does."""
+    """Suspend the processes of the server during a block, as "docker pause" does."""
     return Suspended(data_dir)
 
 
 class Suspended:
-    """The processes of a server, which are stopped for the time of a block."""
+    """The processes of a server, which are suspended during a block."""
 
     def __init__(self, data_dir: Path) -> None:
         """Find the processes."""
         self.processes = [postmaster_in(data_dir), *servers_in(data_dir)]
 
     def __enter__(self) -> None:
-        """Stop them, the first one first, so that it starts no other."""
+        """Suspend them, the postmaster first, so that it starts no others."""
         for process in self.processes:
             process.suspend()
 
     def __exit__(self, *_: object) -> None:
-        """Let them run again."""
+        """Resume them."""
         for process in self.processes:
             process.resume()
 
@@ -127,7 +129,7 @@ def test_process_1_of_a_container_stops_the_server_before_it_ends(
 
 
 @as_root
-def test_root_without_capabilities_waits_for_a_server_that_is_stopped_for_seconds(
+def test_root_without_capabilities_waits_for_a_server_that_is_suspended_for_seconds(
     open_folder: Path, data_dir: Path, open_programs: Path, start: Start
 ) -> None:
     service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=FEW_CAPABILITIES).wait()
@@ -144,7 +146,9 @@ def test_root_without_capabilities_waits_for_a_server_that_is_stopped_for_second
     assert servers_in(open_folder) == []
 
 
-def test_a_stop_that_cannot_stop_the_server_says_so(open_folder: Path, data_dir: Path, start: Start) -> None:
+def test_a_server_that_cannot_be_stopped_from_another_container_is_logged(
+    open_folder: Path, data_dir: Path, start: Start
+) -> None:
     # The first container's process 1 outlives its service.
     first = start(
         DATA_DIR=data_dir, prefix=[*container(open_folder / "tmp"), "sh", "-c", '"$@"; sleep 600', "sh"]
@@ -181,7 +185,7 @@ def test_a_stop_that_may_not_signal_the_server_says_so(
 
 @as_root
 @pytest.mark.parametrize("closed", ["the folder", "the programs"])
-def test_a_closed_folder_that_root_cannot_open_to_the_server_is_named(
+def test_a_folder_that_the_server_cannot_enter_is_named(
     closed: str, open_folder: Path, start: Start, open_programs: Path
 ) -> None:
     folder = open_folder / "closed"

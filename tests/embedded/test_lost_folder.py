@@ -20,7 +20,7 @@ GONE = "the cluster is gone"
 
 
 def assert_unavailable(service: Service) -> None:
-    """Check that the service answers 503, and that each of its processes logs the reason once at most."""
+    """Check that the service returns a 503, and that each of its processes logs the reason at most once."""
     wait_until(lambda: GONE in service.log())
     for _ in range(20):
         assert create(service.client).status == httpx.codes.SERVICE_UNAVAILABLE

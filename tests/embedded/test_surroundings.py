@@ -31,11 +31,11 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change own
 
 
 def as_user(user: int) -> list[str]:
-    """Return what precedes a command so that it runs as another user, who can read closed folders."""
+    """Return a prefix that runs a command as another user, who can read closed folders."""
     return [part.replace(str(NOBODY), str(user)) for part in AS_USER]
 
 
-# Answers a system call with an error, as a kernel or a file system without it does. Arguments: its number, the error.
+# Makes a system call fail, as on a kernel or a file system without it. Arguments: its number, the error, the command.
 REFUSING = [
     sys.executable,
     "-c",
@@ -74,7 +74,7 @@ def test_a_user_without_a_passwd_entry_and_without_user_namespaces_fails_with_on
     open_folder: Path, start: Start
 ) -> None:
     os.chown(open_folder, UNKNOWN, UNKNOWN)
-    unshare = {"x86_64": 272, "aarch64": 97}[os.uname().machine]  # Docker refuses it
+    unshare = {"x86_64": 272, "aarch64": 97}[os.uname().machine]  # Docker forbids this system call
     service = start(DATA_DIR=open_folder / "data", prefix=[*as_user(UNKNOWN), *REFUSING, str(unshare), "1"])
     assert service.process.wait(timeout=60) == 3
     assert_failed_with_one_line(service, f"the user id {UNKNOWN} has no entry in /etc/passwd", "DATABASE_URL")
@@ -90,7 +90,7 @@ def test_a_cluster_that_was_opened_to_its_group_is_closed_again(tmp_path: Path, 
 
 
 @as_root
-def test_a_cluster_of_another_user_is_named_with_whose_it_must_be(
+def test_the_error_for_a_cluster_of_another_user_names_both_users(
     open_folder: Path, stopped_data_dir: Path, start: Start
 ) -> None:
     copied = copy(stopped_data_dir, open_folder / "by_root")
@@ -105,7 +105,7 @@ def test_a_cluster_of_another_user_is_named_with_whose_it_must_be(
 
 
 @as_root
-def test_details_and_hints_of_postgres_are_in_the_line(data_dir: Path, start: Start) -> None:
+def test_the_error_has_the_details_of_postgresql(data_dir: Path, start: Start) -> None:
     (data_dir / "postgres" / "PG_VERSION").write_text("12\n")
     service = start(DATA_DIR=data_dir)
     assert service.process.wait(timeout=60) == 3
@@ -143,7 +143,7 @@ def test_a_read_only_system_without_a_temporary_folder_uses_data_dir(open_folder
 
 
 @pytest.mark.parametrize("error", [37, 38, 95], ids=["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_is_refused(error: int, tmp_path: Path, start: Start) -> None:
+def test_a_file_system_without_locks_is_rejected(error: int, tmp_path: Path, start: Start) -> None:
     call = FLOCK.get(os.uname().machine) or missing("the number of flock() on this machine is not known")
     service = start(DATA_DIR=tmp_path / "data", prefix=[*REFUSING, str(call), str(error)])
     assert service.process.wait(timeout=60) == 3

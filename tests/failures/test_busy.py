@@ -1,4 +1,4 @@
-"""Busy threads and slow statements are no outage: they are waited for, and what hangs is found out."""
+"""Busy threads and slow statements are no outage. A request waits for them, but not for a server that hangs."""
 
 import signal
 import sys
@@ -60,7 +60,7 @@ def create(service: Service, title: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_requests_that_wait_for_a_lock_leave_connections_to_the_others(
+def test_requests_that_wait_for_a_lock_leave_connections_for_other_requests(
     command: str, postgres: Postgres, start: Start
 ) -> None:
     port = free_port()
@@ -88,7 +88,7 @@ MANY_SEARCHED = """
 
 
 @pytest.mark.long
-def test_a_search_through_a_million_tasks_is_answered_four_times_at_once(
+def test_four_concurrent_searches_through_a_million_tasks_succeed(
     postgres: Postgres, start: Start, figure: Figure
 ) -> None:
     service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
@@ -132,7 +132,9 @@ SLOW_READS = """
 """
 
 
-def test_a_server_that_stops_during_a_slow_statement_is_a_quick_503(postgres: Postgres, start: Start) -> None:
+def test_a_server_that_is_suspended_during_a_slow_statement_causes_a_quick_503(
+    postgres: Postgres, start: Start
+) -> None:
     service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
     create(service, "Buy milk")
     with psycopg.connect(postgres.conninfo) as db:
@@ -149,13 +151,13 @@ def test_a_server_that_stops_during_a_slow_statement_is_a_quick_503(postgres: Po
         took = time.monotonic() - suspended
         for process in stopped:
             process.resume()
-    assert took < 2  # 1 in the service, and a busy machine
+    assert took < 2  # less than 1 in the service; the rest is for a busy machine
     wait_until(service.answers)
     assert len(service.client.get("/api/tasks").json()) == 1
     assert service.stop() == 0
 
 
-def test_a_statement_that_takes_too_long_ends_at_the_timeout_of_the_server(postgres: Postgres, start: Start) -> None:
+def test_a_statement_that_takes_too_long_ends_at_the_statement_timeout(postgres: Postgres, start: Start) -> None:
     url = as_url(f"{postgres.conninfo} options='-c statement_timeout=2s'")
     service = start(DATABASE_URL=url).wait()
     create(service, "Buy milk")
@@ -167,7 +169,7 @@ def test_a_statement_that_takes_too_long_ends_at_the_timeout_of_the_server(postg
     assert service.stop() == 0
 
 
-def test_dropped_tables_are_503s_and_one_line_in_the_log_until_they_are_back(postgres: Postgres, start: Start) -> None:
+def test_missing_tables_cause_503s_and_one_log_line_until_they_are_back(postgres: Postgres, start: Start) -> None:
     service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
     path = create(service, "Buy milk")
     with psycopg.connect(postgres.conninfo) as db:
@@ -188,7 +190,7 @@ def test_dropped_tables_are_503s_and_one_line_in_the_log_until_they_are_back(pos
     assert service.stop() == 0
 
 
-def test_a_worker_that_finds_no_free_connection_goes_on_with_503s(tmp_path: Path, start: Start) -> None:
+def test_a_worker_that_starts_without_a_free_connection_returns_503s(tmp_path: Path, start: Start) -> None:
     data_dir = tmp_path.resolve() / "data"
     service = start(DATA_DIR=data_dir, WEB_THREADS=64).wait()
     admin = f"host={data_dir / 'postgres'} port=5432 user=postgres dbname=postgres"

@@ -161,7 +161,7 @@ def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, s
 # ---- a full disk
 
 # A small disk is mounted in a mount namespace, so only the service sees it, and it disappears with the service. Without
-# root, the mount needs a user namespace. PostgreSQL refuses to run as root, so a second one inside restores the user.
+# root, the mount needs a user namespace. PostgreSQL does not run as root, so a second one inside restores the user.
 AS_CURRENT_USER = (
     [] if os.geteuid() == 0 else ["unshare", "-U", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
 )

@@ -101,7 +101,7 @@ def test_a_possible_history_is_explained(calls: list[Call]) -> None:
 
 
 def random_history(chance: random.Random, count: int) -> list[Call]:
-    """Return a random history. Some responses are those of an earlier state, so an order explains it or nearly does."""
+    """Return a random history. Some responses show an earlier state, so it may be just possible or just impossible."""
     state: Task | Absent = Absent.NOT_YET
     calls, states = [], [state]
     for moment in range(count):

@@ -96,13 +96,13 @@ def test_sockets_of_failed_attempts_are_closed(sleepy: SlowRelay, start: Start) 
         service.answers()
         seen.append(sockets_to(worker.pid, sleepy.port))
         time.sleep(0.1)
-    # At most one attempt for each connection of the pool is in progress. Without the cleaning there were ever more.
+    # At most one attempt for each connection of the pool is in progress. Failed ones would add up.
     assert max(seen) <= 4
     assert max(seen[len(seen) // 2 :]) >= 1
     assert service.stop() == 0
 
 
-def test_settings_of_the_url_the_environment_and_a_service_file_count(
+def test_settings_of_the_url_the_environment_and_a_service_file_take_precedence(
     postgres: Postgres, start: Start, tmp_path: Path
 ) -> None:
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
@@ -129,9 +129,7 @@ def test_settings_of_the_url_the_environment_and_a_service_file_count(
         assert service.stop() == 0
 
 
-def test_a_proxy_that_rejects_options_in_its_own_words_ends_the_start_with_the_remedy(
-    postgres: Postgres, start: Start
-) -> None:
+def test_the_error_for_a_proxy_that_rejects_options_names_database_pooler(postgres: Postgres, start: Start) -> None:
     relay = StrictRelay(postgres.conninfo)
     rejected = start(DATABASE_URL=as_url(relay.conninfo), DATABASE_POOLER=False)
     assert rejected.process.wait(timeout=60) == 3
@@ -142,7 +140,7 @@ def test_a_proxy_that_rejects_options_in_its_own_words_ends_the_start_with_the_r
     relay.close()
 
 
-def test_a_server_out_of_connections_is_no_reason_for_that_remedy(postgres: Postgres, start: Start) -> None:
+def test_a_server_out_of_connections_is_not_taken_for_a_pooler(postgres: Postgres, start: Start) -> None:
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
         db.execute("CREATE ROLE single LOGIN CONNECTION LIMIT 1")
         db.execute("CREATE DATABASE single OWNER single")
@@ -155,7 +153,7 @@ def test_a_server_out_of_connections_is_no_reason_for_that_remedy(postgres: Post
     assert service.stop() == 0
 
 
-def test_a_start_that_needs_more_connections_than_the_server_allows_says_so_with_numbers(
+def test_a_start_logs_how_many_connections_it_needs_if_the_server_allows_fewer(
     postgres: Postgres, start: Start
 ) -> None:
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:

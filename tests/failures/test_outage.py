@@ -68,7 +68,7 @@ def outage(postgres: Postgres, service: Service, load: Load) -> float:
     returned = time.monotonic()
     recovery = load.first_success(returned)
     wait_until(lambda: load.statuses(returned)[httpx.codes.CREATED] > 300)
-    assert load.in_vain(returned) < 1
+    assert load.failing_seconds(returned) < 1
     settled = time.monotonic()
     wait_until(lambda: load.statuses(settled)[httpx.codes.CREATED] > 100)
     assert set(load.statuses(settled)) == {httpx.codes.CREATED}

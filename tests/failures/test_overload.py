@@ -211,7 +211,7 @@ def test_requests_get_a_quick_503_while_postgresql_is_out_of_connections(
 
 
 def take_all_connections(postgres: Postgres, held: ExitStack) -> None:
-    """End the service's connections, and take all until PostgreSQL has no others, not even one that is still ending."""
+    """Terminate all other connections, and open new ones, until PostgreSQL allows no more and has no others."""
     watching = held.enter_context(psycopg.connect(postgres.conninfo, autocommit=True))
     count = 1
 

@@ -82,8 +82,8 @@ def send(nginx: Service, request: bytes) -> ssl.SSLSocket:
     return connection
 
 
-def response_to(connection: ssl.SSLSocket) -> HTTPResponse:
-    """Read the head of a response."""
+def response_head(connection: ssl.SSLSocket) -> HTTPResponse:
+    """Return the next response, after reading its head."""
     response = HTTPResponse(connection)
     response.begin()
     return response
@@ -136,14 +136,14 @@ def test_50_clients_that_send_a_byte_at_a_time_do_not_delay_others(nginx: Servic
         assert nginx.client.post("/api/tasks", json={"title": "quick"}).status_code == 201
         for connection in slow:
             connection.sendall(bytes([byte]))
-    assert [response_to(connection).status for connection in slow] == [201] * 50
+    assert [response_head(connection).status for connection in slow] == [201] * 50
 
 
 def test_50_clients_that_read_a_list_of_10_000_slowly_do_not_delay_others(nginx: Service, db: Database) -> None:
     db.execute(SEED, {"count": 10_000})
     db.execute("UPDATE tasks SET description = repeat('x', 500)")  # 7 MB, of which the kernel buffers up to 4 MB
     expected = nginx.client.get("/api/tasks").content
-    slow = [response_to(send(nginx, GET)) for _ in range(50)]
+    slow = [response_head(send(nginx, GET)) for _ in range(50)]
     read = [b""] * len(slow)
     for _ in range(10):
         assert nginx.client.get("/readyz").status_code == 200
@@ -169,7 +169,7 @@ def test_a_request_that_nginx_rejects_gets_a_problem(nginx: Service) -> None:
         (POST + b"Content-Length: 65537\r\n\r\n{", 413, "content_too_large"),  # the client is still sending
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
     ):
-        raw = response_to(send(nginx, request))
+        raw = response_head(send(nginx, request))
         assert_problem(httpx.Response(raw.status, headers=raw.getheaders(), content=raw.read()), status, kind)
     assert_problem(httpx.get(nginx.url.replace("https", "http")), 400, "malformed_request")
 
@@ -217,7 +217,9 @@ def test_the_etags_that_apache_makes_for_compressed_responses_work(apache: Servi
     assert client.get("/api/tasks", headers={"If-None-Match": tasks.headers["ETag"]}).status_code == 304
 
 
-def test_a_stopped_or_frozen_service_is_a_problem(start: Start, tmp_path: Path, database_url: str) -> None:
+def test_nginx_returns_a_problem_if_the_service_is_suspended_or_stopped(
+    start: Start, tmp_path: Path, database_url: str
+) -> None:
     service = start(DATABASE_URL=database_url).wait()
     nginx = start_nginx(start, tmp_path, service, "proxy_read_timeout 3s;")
     [worker] = workers(service)

@@ -167,7 +167,7 @@ def test_expect_100_continue_is_answered_before_the_body(service: Service, frami
 @pytest.mark.parametrize(
     "path", [b"/api/tasks", b"/api/tasks/1", b"/docs", b"/docs/page.js", b"/healthz", b"/openapi.json"]
 )
-def test_the_answer_to_options_has_allow_and_neither_a_body_nor_a_type(service: Service, path: bytes) -> None:
+def test_the_response_to_options_has_allow_but_no_body_and_no_type(service: Service, path: bytes) -> None:
     status, headers, body = send(service, b"OPTIONS %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path)
     assert (status, body) == (200, b"")
     assert "OPTIONS" in headers["Allow"]

@@ -1,4 +1,4 @@
-"""Clients that send slowly, or never to the end: nobody else waits for them, and they do not wait for ever."""
+"""Clients that send slowly or stop within a request: other clients do not wait for them, and they get a 408."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.support.service import Service, workers
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 SMALL = b'{"title": "x"}'
-BEGINNINGS = {  # of a request, whose next bytes then come one by one
+BEGINNINGS = {  # of a request; the bytes after it are sent one by one
     "head": b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nX-Slow: ",
     "request line": b"GET /api/tasks?q=",
     "body": POST + b'Content-Length: 60000\r\n\r\n{"title": "',
@@ -42,7 +42,7 @@ def connect(service: Service) -> socket.socket:
 
 @contextmanager
 def slow(service: Service, beginning: bytes, clients: int = 16) -> Iterator[None]:
-    """Let clients send a beginning and then a byte every tenth of a second; one that is refused comes again."""
+    """Let clients send a beginning, then a byte every 0.1 s. A client whose connection is closed connects again."""
     done = threading.Event()
 
     def drip() -> None:
@@ -62,7 +62,7 @@ def slow(service: Service, beginning: bytes, clients: int = 16) -> Iterator[None
     thread = threading.Thread(target=drip)
     thread.start()
     try:
-        time.sleep(0.5)  # they are all at it
+        time.sleep(0.5)  # until all clients send
         yield
     finally:
         done.set()
@@ -100,7 +100,7 @@ def test_a_request_can_arrive_in_pieces_of_any_size(pieces: int, service: Servic
 
 
 @pytest.mark.parametrize("part", BEGINNINGS)
-def test_sixteen_clients_that_send_a_byte_at_a_time_hold_up_nobody(
+def test_sixteen_clients_that_send_a_byte_at_a_time_do_not_delay_others(
     part: str, database_url: str, start: Start, figure: Figure
 ) -> None:
     service = start(DATABASE_URL=database_url, WEB_CONCURRENCY=1).wait()

@@ -51,7 +51,7 @@ def new_database(postgres: Postgres, name: str) -> str:
 
 
 def applied_migrations(conninfo: str) -> list[str]:
-    """Return the names of the applied migrations, each as often as it is in yoyo's log."""
+    """Return the names of the applied migrations in yoyo's log, repeated if they are logged repeatedly."""
     joined = "SELECT migration_id FROM _yoyo_migration JOIN _yoyo_log USING (migration_id) ORDER BY 1"
     return query(conninfo, joined)
 

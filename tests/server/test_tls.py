@@ -55,7 +55,7 @@ def relay(tmp_path: Path) -> Iterator[TlsRelay]:
 
 
 def in_store(*certificates: Path, folder: Path) -> list[str]:
-    """Return what precedes a command so that the system trusts these certificates only."""
+    """Return a prefix that runs a command on a system that trusts only these certificates."""
     if not STORE.exists():
         missing(f"there is no {STORE}")
     program("unshare")
@@ -78,7 +78,7 @@ def test_the_certificates_of_the_system_are_found(
     wait_until(lambda: stranger.answers("/healthz"))
     assert not stranger.answers()
     assert "certificate verify failed" in stranger.log()
-    # A person's own choice counts.
+    # SSL_CERT_FILE takes precedence.
     chosen = start(DATABASE_URL=url, SSL_CERT_FILE=tmp_path / "ca.crt").wait()
     assert [stranger.stop(), chosen.stop()] == [0, 0]
 
@@ -93,13 +93,13 @@ def broken_psql(tmp_path: Path) -> Path:
     return script.parent
 
 
-def test_a_psql_that_fails_is_passed_over(broken_psql: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_psql_that_fails_is_not_used(broken_psql: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(broken_psql))
     assert embedded.psql() == str(programs.find(None).folder / "psql")
 
 
 @pytest.mark.parametrize("rest", ["sslmode=require", "sslrootcert=system"])
-def test_psql_without_tls_is_named_in_one_line(broken_psql: Path, rest: str) -> None:
+def test_the_error_for_a_psql_without_tls_is_one_line(broken_psql: Path, rest: str) -> None:
     done = subprocess.run(
         [*FLASK, "psql", "-c", "SELECT 1"],
         cwd=ROOT,

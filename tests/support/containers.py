@@ -12,22 +12,22 @@ from tests.support.service import Service
 ROOT = os.geteuid() == 0
 # Root without the capabilities that Docker takes away, and that matter here.
 FEW_CAPABILITIES = ["setpriv", "--bounding-set=-sys_ptrace,-dac_read_search"] if ROOT else []
-# PostgreSQL does not run as root, not even as root of a user namespace only. So another one is inside.
-_AS_ONESELF = [] if ROOT else ["unshare", "--user", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
+# PostgreSQL does not run as root, even if it is root only in a user namespace. A second one inside restores the user.
+_AS_ORIGINAL_USER = [] if ROOT else ["unshare", "--user", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
 
 
 def container(temporary: Path, script: str = "", *, processes: bool = True) -> list[str]:
-    """Return what precedes a command so that it runs in namespaces of its own, and is process 1 there.
+    """Return a prefix that runs a command in namespaces of its own, by default as process 1.
 
-    It has an empty temporary folder of its own. ``script`` runs first.
+    The command has an empty temporary folder. ``script`` runs first.
     """
     temporary.mkdir(exist_ok=True)
     namespaces = ["--mount", *(["--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"] if processes else [])]
     command = [program("unshare"), *namespaces, *([] if ROOT else ["--map-root-user"])]
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
-        missing("no namespaces can be had")
+        missing("this machine allows no namespaces")
     mount = 'set -e; mount -t tmpfs tmpfs "$0"; export TMPDIR="$0"'
-    return [*command, "sh", "-c", f'{mount}; {script or ":"}; exec "$@"', str(temporary), *_AS_ONESELF]
+    return [*command, "sh", "-c", f'{mount}; {script or ":"}; exec "$@"', str(temporary), *_AS_ORIGINAL_USER]
 
 
 def stop(service: Service) -> int:

@@ -89,10 +89,10 @@ class Load(Clients):
         done = [call.ended for call in self.calls if call.started >= since and call.status == httpx.codes.CREATED]
         return min(done) - since
 
-    def in_vain(self, since: float) -> float:
-        """Return the seconds for which the clients have failed since a moment, counted by their pauses.
+    def failing_seconds(self, since: float) -> float:
+        """Return the seconds for which the clients have failed since a moment, from the number of their pauses.
 
-        A clock would also measure how busy the machine is: on a busy one, the clients send less often.
+        A clock would also measure the load of the machine: under load, the clients send less often.
         """
         statuses = self.statuses(since)
         return PAUSE * (statuses.total() - statuses[httpx.codes.CREATED]) / len(self.threads)

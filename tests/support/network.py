@@ -16,7 +16,7 @@ from tests.support.processes import free_port, wait_until
 from tests.support.service import Service
 
 _ROOT = os.geteuid() == 0
-# PostgreSQL refuses to run as root, even if it is root only in a user namespace.
+# PostgreSQL does not run as root, even if it is root only in a user namespace.
 _NOT_AS_ROOT = [] if _ROOT else ["unshare", "--user", "--map-user=65534", "--map-group=65534"]
 # The rules drop packets on arrival. The sender gets neither a response nor an error.
 _FROZEN = "add table inet frozen; add chain inet frozen input { type filter hook input priority 0; %s }"

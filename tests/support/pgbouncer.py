@@ -18,7 +18,7 @@ from tests.support.processes import free_port
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
 _NOBODY = 65534
-# As todo_api.embedded.cluster does for PostgreSQL: both refuse to run as root, and other users cannot read root's
+# As todo_api.embedded.cluster does for PostgreSQL: neither runs as root, and other users cannot read root's
 # temporary folders.
 _UNPRIVILEGED = [
     *("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"),

@@ -17,7 +17,7 @@ from todo_api.embedded import cluster, programs, socket_folder
 
 SETTINGS = """
 dynamic_shared_memory_type = mmap  # a killed server would leave other shared memory in /dev/shm
-wal_retrieve_retry_interval = 100ms  # a standby without a primary sleeps so long, and ignores a promotion meanwhile
+wal_retrieve_retry_interval = 100ms  # a standby without a primary sleeps for this time, and does not notice a promotion
 wal_sender_timeout = 0  # commits wait for a stopped standby, too
 """
 

@@ -15,7 +15,7 @@ import psutil
 
 from tests.support.environment import ROOT, environment
 from tests.support.processes import START_TIMEOUT, children, free_port
-from tests.support.turns import Turns
+from tests.support.processor_waits import ProcessorWaits
 
 
 class Service:
@@ -38,7 +38,7 @@ class Service:
                 stderr=output,
                 start_new_session=True,
             )
-        self.turns = Turns(self.process.pid)
+        self.processor_waits = ProcessorWaits(self.process.pid)
         self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
 
     def log(self) -> str:
@@ -51,7 +51,7 @@ class Service:
         for moment, milliseconds in re.findall(rf"(?m)^(\S+ \S+) .* {status} ([\d.]+)ms ", self.log()):
             end = datetime.strptime(moment, "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
             seconds = float(milliseconds) / 1000
-            found.append(max(0, seconds - self.turns.missed(end - seconds, end)))
+            found.append(max(0, seconds - self.processor_waits.between(end - seconds, end)))
         return found
 
     def answers(self, path: str = "/readyz") -> bool:

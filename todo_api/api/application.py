@@ -36,7 +36,7 @@ class Application(Flask):
         self.logger.error("Exception on %s %s", request.method, loggable(request.path), exc_info=exc_info)
 
     def make_default_options_response(self) -> Response:
-        """Return the answer to an OPTIONS request, which has no body and so no type."""
+        """Return the response to an OPTIONS request. It has no body, so it has no Content-Type."""
         response = super().make_default_options_response()
         del response.headers["Content-Type"]
         return response

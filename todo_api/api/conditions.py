@@ -8,7 +8,7 @@ from flask import request
 
 _TAG = r'(?:W/)?"[^"]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")  # Werkzeug's parser also accepts invalid lists
-# Servers in front that compress a response add such a suffix to its ETag: Apache -gzip, Jetty --gzip, others ;gzip.
+# Proxies that compress a response append such a suffix to its ETag: Apache -gzip, Jetty --gzip, others ;gzip.
 _SUFFIXES = ["", *(f"{mark}{coding}" for mark in ("-", "--", ";") for coding in ("gzip", "br", "zstd", "deflate"))]
 _VERSION = re.compile(rf'"([1-9][0-9]{{0,17}})(?:{"|".join(_SUFFIXES)})"')
 _NO_VERSION = "0"
@@ -28,7 +28,7 @@ def list_etag(tasks: bytes, cursor: str) -> str:
 
 
 def client_has(etag: str) -> bool:
-    """Return whether If-None-Match has this ETag, so the client has the response already."""
+    """Return whether If-None-Match has this ETag, which means that the client has the response already."""
     if "HTTP_IF_NONE_MATCH" not in request.environ:
         return False
     tag = etag.removeprefix("W/").strip('"')
@@ -38,8 +38,8 @@ def client_has(etag: str) -> bool:
 def if_match_versions() -> list[str]:
     """Return the versions that If-Match names, or an empty list if any version matches.
 
-    Weak ETags never match (RFC 9110). If the header has no ETag of a version, or is invalid, the list is ["0"], a
-    version that no task has.
+    Weak ETags never match (RFC 9110). If the header is invalid or names no version, the list is ["0"], a version that
+    no task has.
     """
     tags = request.headers.get("If-Match", "*")
     if tags.strip() == "*":

@@ -17,6 +17,6 @@ def init_app(app: Flask, origins: Sequence[str]) -> None:
         methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
         allow_headers=["Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Request-ID"],
-        always_send=False,  # only if the request has an Origin, and then name this origin alone
+        always_send=False,  # send the headers only if the request has an Origin, and name only this origin
         max_age=600,  # seconds for which a browser caches the response to a preflight request
     )

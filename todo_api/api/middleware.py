@@ -1,4 +1,4 @@
-"""Request ids, the access log, a header against guessed media types, and the prefix of the URLs behind a proxy."""
+"""Request ids, the access log, the nosniff header, and the path below which a proxy serves the service."""
 
 import logging
 import os
@@ -21,24 +21,24 @@ _PATH_LENGTH = 200  # characters in the log
 
 
 def loggable(path: str | bytes) -> str:
-    """Return a path for the log: decoded, it can contain a line break, and it can be long."""
+    """Return a path for the log, without line breaks and of limited length."""
     quoted = quote(path, safe="/")
     return quoted if len(quoted) <= _PATH_LENGTH else f"{quoted[:_PATH_LENGTH]}..."
 
 
 class Mount:
-    """WSGI middleware that knows the path below which a proxy serves the service.
+    """WSGI middleware for a service below a path, such as /todo.
 
-    In WSGI that path is SCRIPT_NAME, and every URL of an answer begins with it. A server such as gunicorn removes the
-    SCRIPT_NAME of the environment from the request's path; ``prefix`` is one that a proxy has removed.
+    WSGI calls this path SCRIPT_NAME, and every URL in a response begins with it. A server such as gunicorn takes it
+    from the environment, and removes it from the path of each request. ``prefix`` is a path that a proxy has removed.
     """
 
     def __init__(self, app: "WSGIApplication", prefix: str) -> None:
-        """Wrap an application."""
+        """Create the middleware around an application."""
         self.app, self.prefix = app, prefix
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """Answer a request."""
+        """Return the response of the application."""
         script_name, path = environ.get("SCRIPT_NAME", ""), environ.setdefault("PATH_INFO", "")
         if script_name and path and not path.startswith("/"):  # gunicorn takes /todolist for a path below /todo
             script_name, environ["PATH_INFO"] = "", script_name + path

@@ -82,7 +82,7 @@ LIST_ETAG = {
     "example": 'W/"190-5d1c2f0a-"',
 }
 
-# Names of responses, beside the types of problems.
+# Names of responses. The other responses are named by the types of their problems.
 INVALID_QUERY = "invalid_query"
 INVALID_BODY = "invalid_body"
 UNSUPPORTED_PATCH = "unsupported_patch"

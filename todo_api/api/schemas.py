@@ -9,8 +9,8 @@ MAX_TITLE_LENGTH = 200
 MAX_DESCRIPTION_LENGTH = 2000
 MAX_KEY_LENGTH = 255  # of an Idempotency-Key
 MAX_LIMIT = 10_000
-# A character of q takes up to 12 bytes in a URL. With at most this many, the link to the next page fits into the 4096
-# bytes that servers and proxies accept in a request line and in headers.
+# A character of q takes up to 12 bytes in a URL. With this limit, the link to the next page fits into the 4096 bytes
+# that servers and proxies accept in a request line and in headers.
 MAX_Q_LENGTH = 250
 # The characters for which str.isspace() is true. The constraint of the table lists the same characters.
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -146,7 +146,7 @@ def _at_most(limit: str) -> str:
     return "|".join([f"[0-9]{{1,{rest}}}", *smaller, limit])
 
 
-# The microseconds since 1970 and the id of a task. PostgreSQL has every time of so many digits (1200 BC to 33658).
+# The microseconds since 1970 and the id of a task. PostgreSQL supports all times of so many digits (1200 BC to 33658).
 _CURSOR = f"(-?[0-9]{{1,17}}|[0-9]{{18}})_({_at_most(str(2**63 - 1))})"
 
 

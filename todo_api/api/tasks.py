@@ -74,8 +74,9 @@ def _change(statement: str, task_id: int, **parameters: Any) -> Response:
 def list_tasks(query: dict[str, Any]) -> Response:
     """List tasks.
 
-    The tasks of the user, newest first. If there are more than `limit`, the `Link` header leads to the next page. A
-    page starts after the last task of the page before it, even if tasks were created or deleted in between.
+    The response has the tasks of the user, newest first. If there are more than `limit`, the `Link` header leads to the
+    next page. A page starts after the last task of the page before it, even if tasks were created or deleted in
+    between.
     """
     limit = query.get("limit", MAX_LIMIT)
     tasks, count = database.fetch_json_list(
@@ -164,6 +165,6 @@ def delete_task(task_id: int) -> Response:
 def toggle_task(task_id: int) -> Response:
     """Toggle a task.
 
-    This flips `completed`. No body is needed. Every one of several concurrent requests counts.
+    This flips `completed`. No body is needed. If several requests are concurrent, each of them counts.
     """
     return _change("tasks/toggle", task_id)

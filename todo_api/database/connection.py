@@ -81,8 +81,9 @@ class NetworkConnection(psycopg.Connection[TupleRow]):
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         """Return a connection.
 
-        If the timeout is ours, short and long attempts alternate as long as they fail. Short ones find the new primary
-        of a failover soon. Long ones reach a database that needs some seconds to wake up, or for each connection.
+        Unless the URL or the environment sets a timeout, short and long timeouts alternate until an attempt succeeds.
+        A short one soon finds the new primary after a failover. A long one reaches a database that needs some seconds
+        to wake up, or for each connection.
         """
         began = time.monotonic()
         timeout = _CONNECT_TIMEOUTS[NetworkConnection._patient]
@@ -115,7 +116,7 @@ class Connection(NetworkConnection):
         "autocommit": True,  # each statement is a transaction of its own
         "client_encoding": "UTF8",
     }
-    rejected_by_server = True  # so a rejected connection shows that the server responds
+    rejected_by_server = True  # the server itself rejects connections, which shows that it responds
     _unreplicated = False
 
     @classmethod
@@ -299,8 +300,9 @@ def has_session_settings(conninfo: str) -> bool:
         UnavailableError: the database cannot be reached.
 
     """
-    # Poolers and proxies reject the settings with many different errors. So the mechanism decides: it fails with the
-    # settings and succeeds without them. Once may be chance, while a server starts or is out of connections.
+    # Poolers and proxies reject the settings with many different errors. So the errors are not compared. Instead, an
+    # attempt must fail with the settings and succeed without them. Once may be chance, while a server starts or is out
+    # of connections.
     for _ in range(_ROUNDS):
         try:
             return _session_setting(UnpreparedConnection, conninfo) == (b"on",)

@@ -41,7 +41,7 @@ def unreachable(error: psycopg.Error) -> UnavailableError:
 
 
 def translated(error: psycopg.Error) -> Exception:
-    """Return the error that replaces an error of psycopg's for other packages, or the same error if none does."""
+    """Return the error that replaces psycopg's error for other packages, or the same error if it is a bug."""
     for raised, translation in _TRANSLATIONS:
         if isinstance(error, raised):
             return translation(str(error))

@@ -14,12 +14,12 @@ from todo_api.database.outage import Outage
 
 _WAIT = 0.5  # seconds for a connection; with more, an error would take too long to reach the client
 _POLL = 0.01  # seconds between two checks for an outage
-# psycopg's pool keeps each call that has given up, until it has a connection again. So it must stop somewhere.
+# psycopg's pool keeps each call that timed out until it has a connection again. This limits how many it keeps.
 _MAX_WAITING = 100
-_FILL_TIMEOUT = 2  # seconds; during a reload, the old workers still serve in this time
-# A statement that is silent may work for a good reason, such as a search through a million tasks. So after every two
-# intervals of 140 ms the server is asked on another connection. If it does not respond there either, the statement
-# fails after 0.7 s. If the statement waits for a lock or a standby, it is cancelled.
+_FILL_TIMEOUT = 2  # seconds; during a reload, the old workers serve meanwhile
+# A statement may be silent because it works for long, such as a search through a million tasks. So after every two
+# intervals of 140 ms, another connection asks the server about it. If the server does not respond there either, the
+# statement fails after 0.7 s. If the statement waits for a lock or a standby, it is cancelled.
 _INTERVALS_TO_ASK = 2
 _INTERVALS_TO_CANCEL = 4
 _ASK_TIMEOUT = 0.4  # seconds
@@ -132,7 +132,7 @@ class Pool:
                 raise Silence("the server does not respond on two connections")
 
         if not self._asking.acquire(timeout=deadline - time.monotonic()):
-            raise UnavailableError("other threads are asking")
+            raise UnavailableError("other threads are asking the server")
         try:
             connection = self._get_working(deadline)
             return self._run(connection, self._question.rows, self._question.values(parameters), on_silence)
@@ -155,7 +155,7 @@ class Pool:
 
         During an outage no statement waits, because later statements would queue behind the waiting ones. But the call
         makes the pool connect in the background. The outage ends when that succeeds. An outage begins only if
-        connecting fails or hangs. A wait for busy connections is none.
+        connecting fails or hangs. If all connections are busy, that is no outage.
         """
         began = time.monotonic()
         while True:

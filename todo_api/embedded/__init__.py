@@ -36,10 +36,10 @@ _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers fro
 _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
 
 
-# By DATA_DIR, as it is set:
+# The keys are the values of DATA_DIR, not resolved:
 _users: dict[Path, int] = {}  # the file descriptor of this process's lock on users.lock
 _servers: dict[Path, locks.ServerLock] = {}  # the server, even if the folder is moved or deleted
-_served: set[Path] = set()  # used by this process with success, or by the process that it was forked from
+_served: set[Path] = set()  # their server was used by this process, or by the one that it was forked from
 
 
 def start(data_dir: Path, postgres_bin: Path | None = None, connections: int = 100) -> str:
@@ -142,7 +142,7 @@ def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
 
 
 def _abandon(setting: Path) -> None:
-    """End the server whose folder is gone: what it still writes is lost, or damages a copy that replaces the folder."""
+    """End the server of a lost folder: what it writes is lost, or damages a copy that has replaced the folder."""
     if lock := _servers.pop(setting, None):
         clusters.abandon(lock)
         lock.close()
@@ -216,8 +216,8 @@ def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | No
         waited = time.monotonic() - began
         if not postmasters and not (folder / socket_folder.SOCKET).exists() and waited > _HIDDEN_TIMEOUT:
             raise StartError(
-                f"a PostgreSQL runs in {cluster} that cannot be reached from here, as in another container: stop it "
-                "there first, or set DATA_DIR to another folder"
+                f"a PostgreSQL runs in {cluster} but cannot be reached from here, perhaps because it runs in another "
+                "container: stop it there first, or set DATA_DIR to another folder"
             )
         if waited > _RESPONSE_TIMEOUT:
             raise StartError(f"a PostgreSQL runs in {cluster} but does not respond")
@@ -269,8 +269,8 @@ def _ensure_database(conninfo: str, found: Programs) -> None:
         psycopg.connect(conninfo).close()
     except psycopg.OperationalError:
         server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
-        # libpq does not tell why it could not connect, so the server is asked for its databases. If it does not respond
-        # either, the next attempt to connect shows the reason.
+        # libpq does not tell why it could not connect, so the server is asked for its databases. If that fails too, the
+        # next attempt to connect shows the reason.
         listed = found.run("psql", *server, "--no-psqlrc", "-Atl", "-d", "postgres", may_fail=True)
         if not listed or re.search(rf"(?m)^{_NAME}\|", listed):
             return

@@ -80,7 +80,7 @@ def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 1
     """Start the server with its socket in a folder, and return its process. Its output goes to the log file.
 
     Raises:
-        StartError: a server is alive already, or the cluster cannot be the server's.
+        StartError: a server is already running, or the cluster's owner cannot run it.
 
     """
     before = as_owner(cluster, programs)
@@ -131,7 +131,7 @@ def stop(cluster: Path, lock: locks.ServerLock) -> None:
     """Stop the server, and wait until it has ended, for 60 s at most. Log why it keeps running if it does."""
     folder = socket_folder.recorded(cluster)
     found = postmasters(cluster, lock)
-    reason = "does not stop" if found else "cannot be stopped from here, as if it ran in another container"
+    reason = "does not stop" if found else "cannot be stopped from here, perhaps because it runs in another container,"
     for postmaster in found:
         try:
             postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
@@ -151,7 +151,7 @@ def stop(cluster: Path, lock: locks.ServerLock) -> None:
 
 
 def abandon(lock: locks.ServerLock) -> None:
-    """End a server whose folder was moved or deleted, without its last checkpoint.
+    """End a server whose folder was moved or deleted, without a final checkpoint.
 
     PostgreSQL writes global/pg_control to the path with which it was started, even if its folder was moved. A copy that
     is at this path by now would be damaged.
@@ -208,7 +208,7 @@ def check_disk(data_dir: Path) -> None:
 
 
 def as_owner(cluster: Path, programs: Programs) -> list[str]:
-    """Return a prefix for commands with which root runs them as the cluster's owner, or nothing for other users.
+    """Return a prefix with which root runs commands as the cluster's owner. It is empty for other users.
 
     PostgreSQL does not run as root.
 
@@ -265,12 +265,13 @@ def _has_search_capability() -> bool:
 
 
 def _as_known_user(before: list[str]) -> list[str]:
-    """Return what precedes initdb if its user has no entry in /etc/passwd, which initdb asks for.
+    """Return a prefix with which initdb runs as a user with an entry in /etc/passwd, or nothing if its user has one.
 
-    In a user namespace of its own it is a user with an entry. The files belong to the real user.
+    initdb requires an entry. The prefix creates a user namespace, in which the user has the id of another one. The
+    files still belong to the real user.
 
     Raises:
-        StartError: there can be no user namespace.
+        StartError: the system allows no user namespace.
 
     """
     user = _NOBODY if socket_folder.is_root() else os.geteuid()
@@ -297,7 +298,7 @@ def _has_entry(user: int) -> bool:
 
 
 def _restrict(cluster: Path) -> None:
-    """Close the cluster to others again. A group of volumes, as Kubernetes' fsGroup, opens all folders of a volume."""
+    """Remove the permissions of other users. Kubernetes' fsGroup, for example, adds some to all folders of a volume."""
     if stat.S_IMODE(cluster.stat().st_mode) & _GROUP_OR_OTHERS:
         cluster.chmod(0o700)
 
@@ -305,7 +306,7 @@ def _restrict(cluster: Path) -> None:
 def _new_log(cluster: Path) -> BinaryIO:
     log_file = log_of(cluster)
     if log_file.exists():
-        log_file.chmod(0o600)  # an earlier version left it readable to all, and it can contain what users have stored
+        log_file.chmod(0o600)  # an earlier version made it readable for all, and it can contain users' data
         log_file.replace(log_file.with_suffix(".log.1"))
     return os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
 

@@ -39,8 +39,8 @@ def take(path: Path, kind: int) -> int:
         with suppress(OSError):
             path.parent.rmdir()  # if it is new
         raise StartError(
-            f"DATA_DIR {path.parent} is on a file system without file locks ({error.strerror}), so that nothing would "
-            "keep two servers from one cluster: set DATA_DIR to a folder on another file system, or set DATABASE_URL"
+            f"DATA_DIR {path.parent} is on a file system without file locks ({error.strerror}). Without locks, two "
+            "servers could use one cluster: set DATA_DIR to a folder on another file system, or set DATABASE_URL"
         ) from error
     return descriptor
 
@@ -120,15 +120,15 @@ def _open(path: Path) -> int:
 
 
 def record(descriptor: int, pid: int) -> None:
-    """Write into ``server.lock`` which process is the server's first."""
+    """Record the server's first process in ``server.lock``."""
     os.pwrite(descriptor, _identity(pid).encode(), 0)
 
 
 def _identity(pid: int) -> str:
-    """Return what tells a process from all others: its id, its start (in clock ticks) and the namespace of its id.
+    """Return what identifies a process: its id, its start (in clock ticks) and the namespace of its id.
 
-    All users can read these. The working directory of another user's process takes a capability, which root in a
-    container lacks.
+    All users can read these. To read the working directory of another user's process, root needs a capability that it
+    lacks in a container.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

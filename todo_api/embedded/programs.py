@@ -132,5 +132,5 @@ def _call(command: Sequence[str], kept: Sequence[int] = ()) -> subprocess.Comple
             check=False,
             pass_fds=kept,
         )
-    except OSError as error:  # it is no program of this machine
+    except OSError as error:  # it is not a program for this machine
         raise StartError(f"{command[0]} cannot be run: {error.strerror}") from error

@@ -85,7 +85,7 @@ def _has_short_path(folder: Path) -> bool:
 
 
 def _can_hold_socket(folder: Path) -> bool:
-    """Try it: some network file systems, and some in user space, have no sockets."""
+    """Return whether a socket can be created in a folder. Some network and user-space file systems have none."""
     probe = folder / ".probe"
     try:
         probe.unlink(missing_ok=True)  # of a start that was killed

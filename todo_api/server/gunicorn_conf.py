@@ -21,8 +21,8 @@ logs.configure()
 log = logging.getLogger("todo_api")
 
 
-_OWN_FILES = 48  # of a worker without clients, beside those of its threads
-_FILES_PER_THREAD = 2  # the connection to PostgreSQL, and one for a moment
+_OWN_FILES = 48  # of a worker without clients, in addition to those of its threads
+_FILES_PER_THREAD = 2  # the connection to PostgreSQL, and one that is open briefly
 _MOST_CLIENTS = 10_000
 _FEWEST_CLIENTS = 16
 

@@ -1,4 +1,4 @@
-"""Takes what a client sends without waiting for it. A request needs a thread only when all of it is there."""
+"""Receives requests without waiting for slow clients. A request occupies a thread only once it has arrived whole."""
 
 import re
 import socket
@@ -8,7 +8,7 @@ from gunicorn.http.errors import InvalidRequestLine, LimitRequestHeaders
 from gunicorn.http.message import MAX_REQUEST_LINE
 from gunicorn.http.unreader import SocketUnreader
 
-REQUEST_TIMEOUT = 20.0  # seconds for a whole request, which holds no thread meanwhile
+REQUEST_TIMEOUT = 20.0  # seconds for a whole request, which occupies no thread meanwhile
 BODY_TIMEOUT = 5.0  # seconds for the rest of a body that is too large to be kept here: a thread waits for that
 HEAD_SIZE = 32 * 1024  # bytes; nginx accepts as much
 KEPT_BODY = 1024 * 1024  # bytes
@@ -35,9 +35,9 @@ class Reader(SocketUnreader):
         self._begin()
 
     def _begin(self) -> None:
-        self.data[:0] = self.take_buffered()  # the parser has put back what follows the request before
+        self.data[:0] = self.take_buffered()  # the parser has put back what follows the previous request
         self.is_whole = False
-        self._at = 0  # where to read on: in the head, or at the size of a chunk
+        self._at = 0  # where to continue: in the head, or at the size of a chunk
         self._end = 0  # of the request, or of the part that the application needs; 0 before the end of the head
         self._is_chunked = False
         self._in_chunks = 0  # bytes
@@ -47,10 +47,10 @@ class Reader(SocketUnreader):
         return bool(self.data or self.buf.getvalue())
 
     def receive(self) -> bool:
-        """Take what the client has sent, and return whether a request is there, or cannot come any more.
+        """Receive what the client has sent. Return whether a request is complete, or can no longer become complete.
 
         Raises:
-            ParseException: it is no request.
+            ParseException: the data is not a request.
 
         """
         if self.is_whole:
@@ -96,7 +96,7 @@ class Reader(SocketUnreader):
         return self._has_chunks() if self._is_chunked else len(self.data) >= self._end
 
     def _is_rejected(self) -> bool:
-        """Return whether the parser rejects an unfinished head without reading on."""
+        """Return whether the parser rejects an unfinished head without reading more."""
         if len(self.data) > HEAD_SIZE:
             raise LimitRequestHeaders(f"larger than {HEAD_SIZE} bytes")
         line, ended, _ = bytes(self.data).removeprefix(b"\r\n").partition(b"\r\n")
@@ -107,7 +107,7 @@ class Reader(SocketUnreader):
         return self.data.count(b"\n") != self.data.count(b"\r\n")
 
     def _read_head(self, end: int) -> None:
-        """Note where the request ends. gunicorn rejects a head that says so in two ways."""
+        """Find out where the request ends. gunicorn rejects a head that has both a length and chunks."""
         self._at = self._end = end
         head = bytes(self.data[:end]).lower()
         lengths = [int(length) for length in _LENGTHS.findall(head)]
@@ -119,7 +119,7 @@ class Reader(SocketUnreader):
             self._end += lengths[0]
 
     def _has_chunks(self) -> bool:
-        """Return whether the last chunk is there, or more bytes than the application reads, or no chunk at all."""
+        """Return whether the last chunk is there, or more bytes than the application reads, or an invalid chunk."""
         while True:
             line_end = self.data.find(b"\r\n", self._at)
             if line_end < 0:

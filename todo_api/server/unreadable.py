@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 QUOTED = 60  # characters of what a client sent
 _MESSAGE_LENGTH = 500  # characters of a line in gunicorn's log
-_GUNICORNS_LINE = "Invalid request from ip="  # ours has the id of the answer too
+_GUNICORNS_LINE = "Invalid request from ip="  # ours also has the id of the response
 
 # What is wrong, and the attribute that has the part of the request, for gunicorn's exceptions.
 _REASONS: dict[type[Exception], tuple[str, str]] = {
@@ -38,7 +38,7 @@ _REASONS: dict[type[Exception], tuple[str, str]] = {
     errors.LimitRequestLine: ("The URL is too long", ""),
     errors.LimitRequestHeaders: ("The headers are too many or too large", ""),
 }
-_TIMEOUT = "The request did not arrive whole in time"
+_TIMEOUT = "The request was incomplete after the time limit"
 _OUTSIDE = "The path does not begin with SCRIPT_NAME; if a proxy removes that prefix, set URL_PREFIX instead"
 
 

@@ -63,7 +63,7 @@ class Worker(ThreadWorker):
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
         self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
         self.sending: dict[Any, Any] = {}  # connections in the poller whose client reads slowly, and what follows then
-        self.request_deadline = inf  # of every request, once the worker stops
+        self.request_deadline = inf  # an upper limit for the deadlines of all requests, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
         self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
         self.closing_connections: deque[Any] = deque()  # connections whose client has to close its side
@@ -221,7 +221,7 @@ class Worker(ThreadWorker):
         return keep
 
     def handle_request(self, req: Any, conn: Any) -> Any:
-        """Handle a request, without gunicorn's "100 Continue": the reader sends it if the body is welcome."""
+        """Handle a request, without gunicorn's "100 Continue": the reader sends it if the body is accepted."""
         req._expected_100_continue = False
         return super().handle_request(req, conn)
 
@@ -293,9 +293,10 @@ class Worker(ThreadWorker):
             self._forget(conn)
 
     def _end_unfinished(self) -> None:
-        """Answer requests that are unfinished after their time, once a second.
+        """Once a second, respond with a 408 to the requests that are unfinished at their deadline.
 
-        A client that keeps sending is rarely among them: its connection is on the way to a thread, which checks too.
+        A client that keeps sending is rarely among them: its connection is mostly with a thread, which checks the
+        deadline too.
         """
         if (now := time.monotonic()) < self.next_check:
             return
