@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.containers import container
 from tests.support.embedded import (
     AS_USER,
+    BIN,
     NOBODY,
     assert_failed_with_one_line,
     copy,
@@ -24,7 +26,9 @@ from tests.support.embedded import (
 )
 from tests.support.fixtures import Start
 from tests.support.optional_tools import missing, program
-from tests.support.processes import servers_in
+from tests.support.problems import assert_problem
+from tests.support.processes import postmaster_in, servers_in, wait_until
+from tests.support.service import Service
 
 UNKNOWN = 4711  # a user id without an entry in /etc/passwd
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change owners and mount file systems")
@@ -117,18 +121,85 @@ def test_the_error_has_the_details_of_postgresql(data_dir: Path, start: Start) -
 # ---- disks and file systems
 
 
+def almost_full(data_dir: Path, source: Path, room: int) -> str:
+    """Return a script that mounts a file system with a copy of a DATA_DIR and so many free KiB."""
+    data_dir.mkdir()
+    mount = f'mount -t tmpfs -o size=100m tmpfs "{data_dir}"; cp -a "{source}/." "{data_dir}"'
+    mount += f'; head -c {room}k /dev/zero >"{data_dir}/room"'
+    return mount + f'; cat /dev/zero >"{data_dir}/ball" 2>/dev/null || rm "{data_dir}/room"'
+
+
 @pytest.mark.parametrize("room", [0, 4])
 def test_a_disk_that_is_full_at_the_start_is_named(
     room: int, open_folder: Path, stopped_data_dir: Path, start: Start
 ) -> None:
     data_dir = open_folder / "data"
-    data_dir.mkdir()
-    fill = f'cp -a "{stopped_data_dir}/." "{data_dir}"; head -c {room}k /dev/zero >"{data_dir}/room"'
-    fill += f'; cat /dev/zero >"{data_dir}/ball" 2>/dev/null || rm "{data_dir}/room"'
-    mount = f'mount -t tmpfs -o size=100m tmpfs "{data_dir}"; {fill}'
+    mount = almost_full(data_dir, stopped_data_dir, room)
     service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False))
     assert service.process.wait(timeout=60) == 3
     assert_failed_with_one_line(service, "No space left on device", str(data_dir))
+
+
+@as_root
+def test_a_disk_that_gets_full_ends_writes_but_not_reads_until_there_is_room(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = open_folder / "data"
+    mount = almost_full(data_dir, stopped_data_dir, room=64)
+    service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False)).wait()
+    postmaster = postmaster_in(open_folder)
+    responses = [create(service)]
+    while any(response.is_success for response in responses[-20:]):  # near the end, only some of them find room
+        responses.append(create(service))
+    created = [response.json() for response in responses if response.is_success]
+    for response in responses:
+        if not response.is_success:
+            assert_problem(response, 503, "database_unavailable")
+    assert service.client.get("/api/tasks").json() == created[::-1]
+    assert "DiskFull (SQLSTATE 53100)" in service.log()
+
+    inside(service, "rm", data_dir / "ball")
+    created.append(create(service).json())
+    assert service.client.get("/api/tasks").json() == created[::-1]
+    assert postmaster_in(open_folder) == postmaster
+    assert service.stop() == 0
+
+
+@as_root
+def test_a_disk_without_room_for_the_write_ahead_log_makes_503s_until_there_is_room(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = open_folder / "data"
+    mount = almost_full(data_dir, stopped_data_dir, room=8000)  # a file of that log has 16 MB
+    service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False)).wait()
+    created = []
+    while (response := create(service)).status_code == httpx.codes.CREATED:
+        created.append(response.json())
+        server = f"host={data_dir}/postgres user=postgres dbname=postgres"
+        inside(service, BIN / "psql", server, "--command=SELECT pg_switch_wal()", check=False)
+    wait_until(lambda: not service.answers() and "No space left on device" in service.log())
+    for _ in range(20):
+        assert_problem(create(service), 503, "database_unavailable")
+    assert service.process.poll() is None
+    assert "Traceback" not in service.log()
+
+    inside(service, "rm", data_dir / "ball")
+    service.wait()
+    assert service.client.get("/api/tasks").json() == created[::-1]
+    assert create(service).status_code == httpx.codes.CREATED
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+
+
+def create(service: Service) -> httpx.Response:
+    """Create a task that takes some room, and return the response."""
+    return service.client.post("/api/tasks", json={"title": "Buy milk", "description": os.urandom(700).hex()})
+
+
+def inside(service: Service, *command: str | Path, check: bool = True) -> None:
+    """Run a command with the file systems that a service sees."""
+    enter = ["nsenter", f"--target={service.process.pid}", "--mount"]
+    subprocess.run([*enter, *command], check=check, capture_output=True)
 
 
 def test_a_read_only_system_without_a_temporary_folder_uses_data_dir(open_folder: Path, start: Start) -> None:
