@@ -18,6 +18,7 @@ from tests.support.embedded import (
     AS_USER,
     BIN,
     NOBODY,
+    as_user,
     assert_failed_with_one_line,
     copy,
     create_task,
@@ -251,7 +252,7 @@ def test_a_damaged_postmaster_pid_is_repaired(tmp_path: Path, stopped_data_dir: 
 
 def test_a_process_that_reuses_a_stale_process_id_is_not_killed(data_dir: Path, start: Start) -> None:
     # Process ids are reused. In a container, the same few ids come back after each crash.
-    owner_prefix = AS_USER if owner(data_dir / "postgres") != os.geteuid() else []
+    owner_prefix = as_user(owner(data_dir / "postgres"))
     unrelated_process = subprocess.Popen([*owner_prefix, "sleep", "600"])
     try:
         lines = f"{unrelated_process.pid}\n{data_dir}/postgres\n1700000000\n5432\n{data_dir}/postgres\n"
@@ -285,7 +286,7 @@ def test_a_manually_started_server_is_used_and_its_socket_folder_is_kept(
     try:
         (sockets / "precious").touch()
         sockets.chmod(0o777)
-        owner_prefix = AS_USER if owner(data_dir / "postgres") != os.geteuid() else []
+        owner_prefix = as_user(owner(data_dir / "postgres"))
         manual_server = subprocess.Popen(
             [
                 *owner_prefix,
@@ -348,10 +349,11 @@ def test_the_server_does_not_run_as_root_and_no_other_folder_changes(tmp_path: P
 
     service = start(DATA_DIR=closed / "data").wait()
     assert has_task(service, create_task(service))
-    expected = NOBODY if os.geteuid() == 0 else os.geteuid()
+    server_owner = owner(closed / "data" / "postgres")
+    assert server_owner not in {0, NOBODY} if os.geteuid() == 0 else server_owner == os.geteuid()
     servers = servers_in(tmp_path, "uids")
-    assert {server.info["uids"].effective for server in servers} == {expected}
-    assert {server.info["uids"].saved for server in servers} == {expected}
+    assert {server.info["uids"].effective for server in servers} == {server_owner}
+    assert {server.info["uids"].saved for server in servers} == {server_owner}
     assert service.stop() == 0
     assert [(path, owner(path), permissions(path)) for path in other_folders] == before
     assert [path.name for path in closed.iterdir()] == ["data"]

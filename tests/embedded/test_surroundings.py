@@ -16,10 +16,12 @@ from tests.support.embedded import (
     AS_USER,
     BIN,
     NOBODY,
+    as_user,
     assert_failed_with_one_line,
     copy,
     create_task,
     has_task,
+    owner,
     permissions,
     socket_folder,
     stop_all,
@@ -32,11 +34,6 @@ from tests.support.service import Service
 
 UNKNOWN = 4711  # a user id without an entry in /etc/passwd
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change owners and mount file systems")
-
-
-def as_user(user: int) -> list[str]:
-    """Return a prefix that runs a command as another user, who can read closed folders."""
-    return [part.replace(str(NOBODY), str(user)) for part in AS_USER]
 
 
 # Makes a system call fail, as on a kernel or a file system without it. Arguments: its number, the error, the command.
@@ -60,6 +57,31 @@ FLOCK = {"x86_64": 73, "aarch64": 32}
 
 
 # ---- users and permissions
+
+
+@as_root
+def test_processes_of_nobody_cannot_use_the_server_of_root(open_folder: Path, start: Start) -> None:
+    service = start(DATA_DIR=open_folder / "data").wait()
+    psql: list[str | Path] = [BIN / "psql", "-h", open_folder / "data" / "postgres", "-U", "postgres", "-c", "SELECT 1"]
+    assert subprocess.run(psql, check=False, capture_output=True).returncode == 0
+    refused = subprocess.run([*AS_USER, *psql], check=False, capture_output=True, text=True)
+    assert "Permission denied" in refused.stderr
+    assert service.stop() == 0
+
+
+@as_root
+def test_a_cluster_that_belongs_to_nobody_gets_a_user_of_its_own(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = copy(stopped_data_dir, open_folder / "data")
+    elsewhere = open_folder / "wal"
+    (data_dir / "postgres" / "pg_wal").rename(elsewhere)
+    (data_dir / "postgres" / "pg_wal").symlink_to(elsewhere)
+    subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", data_dir / "postgres", elsewhere], check=True)
+    service = start(DATA_DIR=data_dir).wait()
+    create_task(service)
+    assert {owner(path) for path in (data_dir / "postgres", elsewhere, *elsewhere.iterdir())}.isdisjoint({0, NOBODY})
+    assert service.stop() == 0
 
 
 @as_root

@@ -231,6 +231,7 @@ def _launch(cluster: Path, found: Programs, connections: int) -> str:
         StartError: the server ended, or did not respond for 60 s; the message has the last error in its log.
 
     """
+    clusters.take_from_nobody(cluster)
     folder = socket_folder.choose(cluster)
     conninfo = _conninfo(folder)
     server = None

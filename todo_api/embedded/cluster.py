@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 # The user and group id of "nobody", which own no files. PostgreSQL does not run as root, so root runs it as this user.
 _NOBODY = 65534
+# Root's clusters belong to the first of these user ids that has no entry in /etc/passwd. No other process has it, so
+# only root can open the server's socket. initdb opens no socket, and needs a user with an entry: it runs as nobody.
+_OWN_USERS = range(58_432, 58_000, -1)
 _STOP_TIMEOUT = 60  # seconds
 _FIRST_WITH_BUILTIN_LOCALES = 17  # a major version of PostgreSQL
 _ORPHANS_TIMEOUT = 5  # seconds; the processes of a postmaster that was killed end by themselves
@@ -73,7 +76,27 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
         before=before,
         lock=lock,  # if the service is killed, initdb runs on, and the next start waits until it ends
     )
+    take_from_nobody(fresh)
     fresh.rename(cluster)
+
+
+def take_from_nobody(cluster: Path) -> None:
+    """Give root's cluster, whose server does not run, to a user that no other process has.
+
+    An earlier version left clusters with nobody. If the file system does not allow the change, this logs a warning.
+    """
+    if not socket_folder.is_root() or cluster.stat().st_uid != _NOBODY:
+        return
+    user = next(user for user in _OWN_USERS if not _has_entry(user))
+    try:
+        # The folder itself comes last, so the next start continues if this one is killed. A link may lead to pg_wal or
+        # to a tablespace.
+        for folder, _, files in os.walk(cluster, topdown=False, followlinks=True):
+            for name in files:
+                os.chown(Path(folder, name), user, user, follow_symlinks=False)
+            os.chown(folder, user, user)
+    except OSError as error:
+        log.warning("%s stays with the user nobody, whose processes can all use this PostgreSQL: %s", cluster, error)
 
 
 def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 100) -> subprocess.Popen[bytes]:
