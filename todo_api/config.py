@@ -23,8 +23,8 @@ os.environ["PGTZ"] = "UTC"
 class Settings:
     """The settings, which .env.example describes.
 
-    The defaults are those of the environment, with one exception: without WEB_CONCURRENCY, ``load`` returns one worker
-    per core, at most 8.
+    The defaults of the fields are those of the environment variables, with one exception: if WEB_CONCURRENCY is not
+    set, ``load`` returns one worker per core, at most 8.
     """
 
     database_url: str = ""

@@ -1,4 +1,7 @@
-"""The log on standard error: one line for each event and each request. A traceback adds lines to its event."""
+"""The log on standard error: one line for each event and each request. A traceback adds lines.
+
+gunicorn's own lines have gunicorn's format.
+"""
 
 import logging
 import sys

@@ -21,6 +21,6 @@ def live() -> JsonResponse:
 
 @blueprint.get("/readyz")
 def ready() -> JsonResponse:
-    """Return 200 if the database can be reached and has the table of tasks, otherwise a problem."""
+    """Return 200 if the database can be reached and has the tables, otherwise a problem."""
     database.fetch_json("database/ready")  # raises an error otherwise
     return JsonResponse(b'{"status": "ready"}')

@@ -82,8 +82,8 @@ class NetworkConnection(psycopg.Connection[TupleRow]):
         """Return a connection.
 
         Unless the URL or the environment sets a timeout, short and long timeouts alternate until an attempt succeeds.
-        A short one soon finds the new primary after a failover. A long one reaches a database that needs some seconds
-        to wake up, or for each connection.
+        A short one soon finds the new primary after a failover. A long one reaches a database that takes some seconds
+        to wake up, or to accept each connection.
         """
         began = time.monotonic()
         timeout = _CONNECT_TIMEOUTS[NetworkConnection._patient]
@@ -300,9 +300,9 @@ def has_session_settings(conninfo: str) -> bool:
         UnavailableError: the database cannot be reached.
 
     """
-    # Poolers and proxies reject the settings with many different errors. So the errors are not compared. Instead, an
-    # attempt must fail with the settings and succeed without them. Once may be chance, while a server starts or is out
-    # of connections.
+    # Poolers and proxies reject the settings with many different errors. So the settings count as rejected if, three
+    # times in a row, an attempt fails with them and the next one succeeds without them. Once may be chance, while a
+    # server starts or is out of connections.
     for _ in range(_ROUNDS):
         try:
             return _session_setting(UnpreparedConnection, conninfo) == (b"on",)

@@ -95,7 +95,7 @@ class Pool:
             return connection.fetch(sql, values, on_silence)
         except Silence:
             connection.abandon()
-            # No other statement waits for the same silent server. The outage ends with the next connection.
+            # So that no other statement waits for the same silent server. The outage ends with the next connection.
             self._pool.drain()
             self.outage.begin()
             raise
@@ -166,7 +166,7 @@ class Pool:
                     self._pool.check()  # makes the empty pool connect, which getconn() has not done
                     time.sleep(_POLL)
                 late = time.monotonic() > deadline
-                if len(self._busy) >= self._size:  # more threads than WEB_THREADS says, or all statements are silent
+                if len(self._busy) >= self._size:  # more threads than connections, or one is needed to ask
                     self._resize(len(self._busy) + 1)
                 elif not self._busy and self._connects_in_vain(began, late=late):
                     self.outage.begin()

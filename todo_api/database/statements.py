@@ -127,12 +127,12 @@ def parse(name: str, text: str) -> Statement:
 def _as_row(name: str, rows: str) -> str:
     """Return a WITH clause whose last part is the statement, named "row".
 
-    If the statement has a WITH clause, that clause is extended, because PostgreSQL allows parts that write only at the
-    top level.
+    If the statement has a WITH clause, that clause is extended, because PostgreSQL allows parts that write (INSERT,
+    UPDATE, DELETE) only in the outermost WITH clause.
     """
     if not rows.startswith("WITH"):
         return f"WITH row AS ({rows})"
-    # sqlfluff checks that the parts are indented. The statement after them starts at the beginning of a line.
+    # sqlfluff checks that the statements inside the parts are indented. The last one starts at the beginning of a line.
     parts, *statement = re.split(r"(?m)^(?=(?:SELECT|INSERT|UPDATE|DELETE)\b)", rows)
     if len(statement) != 1:
         raise StatementError(

@@ -1,9 +1,10 @@
 """Runs a PostgreSQL in DATA_DIR if there is no DATABASE_URL, as long as a process uses it.
 
-Each process that uses the server holds a shared lock on DATA_DIR/users.lock. The last of them stops the server. So two
-services, or a service and ``flask psql``, share one server. A killed process leaves no lock behind. If all users of a
-server are killed, the server keeps running; the next start connects to it and uses it. The server itself holds a lock
-on DATA_DIR/server.lock, so that no other server is started on its files, even from another container.
+Each process that uses the server holds a shared lock on DATA_DIR/users.lock; its forks hold none. The last of these
+processes stops the server. So two services, or a service and ``flask psql``, share one server. A killed process leaves
+no lock behind. If all users of a server are killed, the server keeps running; the next start connects to it and uses
+it. The server itself holds a lock on DATA_DIR/server.lock, so that no other server is started on its files, even from
+another container.
 """
 
 import atexit

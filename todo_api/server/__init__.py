@@ -17,5 +17,5 @@ def run() -> NoReturn:
     """Run gunicorn with our settings until it exits. The program's arguments are gunicorn's and take precedence."""
     if sys.argv[1:4] != _ARGUMENTS:  # on SIGUSR2, gunicorn runs this program again with all its arguments
         sys.argv[1:1] = _ARGUMENTS
-    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # it does so in the project's folder
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # from the project's folder
     sys.exit(wsgiapp.run(prog="gunicorn"))

@@ -1,4 +1,7 @@
-"""Receives requests without waiting for slow clients. A request occupies a thread only once it has arrived whole."""
+"""Receives requests without waiting for slow clients.
+
+A request occupies a thread once it has arrived whole, or if its body is larger than 1 MiB.
+"""
 
 import re
 import socket
