@@ -99,7 +99,7 @@ class Database:
                 log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
             raise known from error
         if self._unprepared.pop(name, None):
-            log.warning("%s: the database has what the statement needs again", name)
+            log.warning("%s: the statement works again", name)
         return row
 
     def _record_unprepared(self, name: str, reason: str) -> None:
