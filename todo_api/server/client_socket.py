@@ -1,4 +1,4 @@
-"""A client's socket. A response needs a thread only as long as the client reads it quickly."""
+"""A client's socket. A response occupies a thread only while the client reads it quickly."""
 
 import select
 import socket

@@ -62,7 +62,7 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
         self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
-        self.sending: dict[Any, Any] = {}  # connections in the poller whose client reads slowly, and what follows then
+        self.sending: dict[Any, Any] = {}  # connections whose client reads slowly, with their results
         self.request_deadline = inf  # an upper limit for the deadlines of all requests, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
         self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
@@ -226,7 +226,7 @@ class Worker(ThreadWorker):
         return super().handle_request(req, conn)
 
     def _send_rest(self, conn: Any, result: Any) -> None:
-        """Let the poller send the rest of a response. If too much is kept, give up the responses that began first."""
+        """Let the poller send the rest of a response. If too much is unsent, give up the oldest responses."""
         conn.timeout = time.monotonic() + _READ_TIMEOUT
         self.sending[conn] = result
         self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._on_writable, conn))
