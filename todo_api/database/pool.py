@@ -168,14 +168,14 @@ class Pool:
                 late = time.monotonic() > deadline
                 if len(self._busy) >= self._size:  # more threads than connections, or one is needed to ask
                     self._resize(len(self._busy) + 1)
-                elif not self._busy and self._connects_in_vain(began, late=late):
+                elif not self._busy and self._connecting_fails(began, late=late):
                     self.outage.begin()
                 if self.outage.active:
                     raise UnavailableError("no connection to the database is available") from None
                 if late:
                     raise UnavailableError("all connections to the database are busy") from None
 
-    def _connects_in_vain(self, began: float, *, late: bool) -> bool:
+    def _connecting_fails(self, began: float, *, late: bool) -> bool:
         return self.outage.connecting_for() > _WAIT or (late and self.outage.failed_at > began)
 
     def _reconnect_failed(self, pool: ConnectionPool[Connection]) -> None:
