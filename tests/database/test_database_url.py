@@ -47,6 +47,23 @@ def test_a_url_that_libpq_rejects_is_rejected_without_the_password(rest: str) ->
     assert PASSWORD not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "mistyped",
+    [f"host:{PASSWORD}/name", f"{PASSWORD}..host/name", f"host/name?sslmode={PASSWORD}", f"host/name?{PASSWORD}=1"],
+)
+def test_no_part_of_a_mistyped_url_is_in_the_message(mistyped: str) -> None:
+    with pytest.raises(config.StartError, match=r"DATABASE_URL: [a-z]+") as raised:
+        database_url.check_url("DATABASE_URL", f"postgresql://{mistyped}")
+    assert PASSWORD not in str(raised.value)
+
+
+@pytest.mark.parametrize("secret", ["sslpassword", "oauth_client_secret", "scram_client_key"])
+def test_a_secret_that_psql_takes_only_as_an_argument_is_not_passed_to_it(secret: str) -> None:
+    with pytest.raises(config.StartError, match=f"^{secret} of DATABASE_URL") as raised:
+        database_url.libpq_variables(f"postgresql://user@host/name?{secret}={PASSWORD}")
+    assert PASSWORD not in str(raised.value)
+
+
 def test_a_url_whose_server_cannot_be_reached_is_accepted() -> None:
     url = "postgresql://user:p@127.0.0.1:1,localhost:2/name?sslmode=require&target_session_attrs=read-write"
     database_url.check_url("DATABASE_URL", url)

@@ -1,8 +1,8 @@
 """Conditional requests (RFC 9110, section 13): the version of a task is its ETag."""
 
+import hashlib
 import json
 import re
-import zlib
 
 from flask import request
 
@@ -22,9 +22,10 @@ def task_etag(task: bytes) -> str:
 def list_etag(tasks: bytes, cursor: str) -> str:
     """Return the ETag of a page. It changes with the page and with the link to the next page.
 
-    A checksum is enough to detect a change, and takes half as long as SHA-1 for 10 000 tasks.
+    With a checksum, somebody could write tasks that leave the ETag of a list as it was. A cryptographic hash takes
+    0.8 ms longer for 10 000 tasks.
     """
-    return f'W/"{len(tasks)}-{zlib.crc32(tasks):08x}-{cursor}"'
+    return f'W/"{hashlib.sha256(tasks).hexdigest()[:32]}-{cursor}"'
 
 
 def client_has(etag: str) -> bool:

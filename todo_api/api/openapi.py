@@ -79,7 +79,7 @@ _RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
 LIST_ETAG = {
     "description": "Changes if the page or its Link changes. It is weak: it is for If-None-Match only.",
     "schema": {"type": "string"},
-    "example": 'W/"190-5d1c2f0a-"',
+    "example": 'W/"5d1c2f0a9b3e4d7c8a6f1e2b3c4d5e6f-"',
 }
 
 # Names of responses. The other responses are named by the types of their problems.

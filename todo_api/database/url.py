@@ -1,5 +1,6 @@
 """Checks and changes connection strings, in every form that libpq accepts."""
 
+import re
 from functools import cache
 
 import psycopg
@@ -9,6 +10,8 @@ from psycopg.pq import Conninfo, PGconn
 from todo_api.config import StartError
 
 _NOWHERE = "/nowhere"  # a socket folder in which no server listens
+_SECRETS = {"sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
+_NAMES = {option.keyword.decode() for option in Conninfo.get_defaults()}  # of libpq's parameters
 
 
 @cache
@@ -16,7 +19,8 @@ def check_url(setting: str, url: str) -> None:
     """Check that libpq accepts the URL of a setting, without connecting to its server.
 
     Raises:
-        StartError: the URL is invalid; the message has the name of the setting and the reason.
+        StartError: the URL is invalid; the message has the name of the setting and the reason, but no part of the URL.
+            In a mistyped URL, any part may be the password.
 
     """
     try:
@@ -28,10 +32,14 @@ def check_url(setting: str, url: str) -> None:
                 host.encode("idna")  # Python encodes a name in this way before it resolves it
         psycopg.connect(make_conninfo(url, host=",".join([_NOWHERE] * len(hosts)), hostaddr=""))
     except UnicodeError as error:
-        raise StartError(f"{setting}: {host!r} is not a valid host name") from error
+        raise StartError(f"{setting}: a host name is invalid") from error
     except psycopg.Error as error:
         if _NOWHERE not in str(error):
-            raise StartError(f"{setting}: {error}") from error
+            raise StartError(f"{setting}: {_without_values(str(error))}") from error
+
+
+def _without_values(message: str) -> str:
+    return re.sub(r'"([^"]*)"', lambda quoted: quoted[0] if quoted[1] in _NAMES else '"…"', message)
 
 
 def with_defaults(conninfo: str, options: str = "", **defaults: str | int) -> str:
@@ -66,8 +74,16 @@ def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
     """Return libpq's environment variables for a connection string, and a connection string of all other parameters.
 
     Other users of the machine can read a command's arguments, but not its environment.
+
+    Raises:
+        StartError: a secret has no environment variable.
+
     """
     names = {option.keyword.decode(): option.envvar for option in Conninfo.get_defaults() if option.envvar}
     parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    if shown := sorted(_SECRETS & parts.keys() - names.keys()):
+        raise StartError(
+            f"{shown[0]} of DATABASE_URL would be visible to other users of the machine: call psql yourself"
+        )
     variables = {names[name].decode(): value for name, value in parts.items() if name in names}
     return variables, make_conninfo("", **{name: value for name, value in parts.items() if name not in names})
