@@ -14,16 +14,10 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
+from tests.support.embedded import NOBODY, as_user, owner
 from tests.support.processes import free_port
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
-_NOBODY = 65534
-# As todo_api.embedded.cluster does for PostgreSQL: neither runs as root, and other users cannot read root's
-# temporary folders.
-_UNPRIVILEGED = [
-    *("setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"),
-    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
-]
 _SETTINGS = {
     "listen_addr": "127.0.0.1",
     "unix_socket_dir": "",
@@ -43,6 +37,7 @@ class PgBouncer:
     def __init__(self, folder: Path, conninfo: str, **settings: object) -> None:
         """Start PgBouncer; ``settings`` override the default ones of this module."""
         self._folder = folder
+        self._host = str(conninfo_to_dict(conninfo)["host"])
         self._port = free_port()
         server = {name: conninfo_to_dict(conninfo).get(name) for name in ("host", "port", "user", "password")}
         target = " ".join(f"{name}='{value}'" for name, value in server.items() if value)
@@ -53,7 +48,9 @@ class PgBouncer:
     def start(self) -> None:
         """Start PgBouncer and wait until it accepts connections."""
         assert PROGRAM, "pgbouncer is not installed"
-        command = [*(_UNPRIVILEGED if os.geteuid() == 0 else []), PROGRAM, str(self._folder / "pgbouncer.ini")]
+        # PgBouncer does not run as root, and only the server's user and root can open the socket of an embedded server.
+        prefix = as_user(owner(Path(self._host)) if Path(self._host).exists() else NOBODY)
+        command = [*prefix, PROGRAM, str(self._folder / "pgbouncer.ini")]
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + 30
