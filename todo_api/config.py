@@ -13,6 +13,7 @@ from environs import Env, ValidationError, validate
 from environs.exceptions import EnvError
 
 ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = range(1, 257)  # of workers, and of threads
 
 # PostgreSQL writes the times in its JSON in the time zone of the session. libpq sends PGTZ when it connects. So no
 # statement is needed, and a pooler in transaction mode accepts it.
@@ -85,8 +86,8 @@ def _read() -> Settings:
         postgres_bin=_folder(env.path("POSTGRES_BIN", None, validate=_check_home)),
         host=env.str("HOST", Settings.host, validate=_check_address),
         port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
-        web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=validate.Range(1, 256)),
-        web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=validate.Range(1, 256)),
+        web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=_check_number),
+        web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=_check_number),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _check_text]),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
         cors_origins=_origins(env.str("CORS_ORIGINS", "", validate=_check_origins)),
@@ -94,6 +95,8 @@ def _read() -> Settings:
         script_name=env.str("SCRIPT_NAME", "", validate=_check_prefix),
     )
 
+
+_check_number = validate.Range(NUMBERS.start, NUMBERS.stop - 1)
 
 # Matches the URLs that libpq accepts, except those for which libpq's error message would show the password: with an
 # unescaped @, / or % in the password, or with brackets that do not contain an IPv6 address.

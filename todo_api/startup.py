@@ -1,6 +1,8 @@
 """Prepares what the first request needs: valid settings, and a running PostgreSQL with its migrations applied."""
 
+import fcntl
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -29,12 +31,23 @@ def fail(reason: object) -> NoReturn:
 
 def load_settings() -> Settings:
     """Return the settings, or end the process if they cannot be read or one of them is invalid."""
+    _open_standard_streams()
     try:
         settings = config.load()
         _ensure_temporary_folder(settings)
     except StartError as error:
         fail(error)
     return settings
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null for each closed standard stream. Otherwise a lock or a socket would get its file descriptor."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
+            fcntl.fcntl(null, fcntl.F_SETFD, 0)  # psql inherits it
 
 
 def _ensure_temporary_folder(settings: Settings) -> None:

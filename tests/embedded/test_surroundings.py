@@ -1,5 +1,6 @@
 """Users, permissions, disks and file systems with which the first start works, or fails with one line."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.containers import container
+from tests.support.containers import FEW_CAPABILITIES, container
 from tests.support.embedded import (
     AS_USER,
     BIN,
@@ -57,6 +58,26 @@ FLOCK = {"x86_64": 73, "aarch64": 32}
 
 
 # ---- users and permissions
+
+
+@pytest.mark.parametrize("umask", ["000", "077", "777"])
+def test_the_umask_does_not_matter(umask: str, open_folder: Path, start: Start) -> None:
+    prefix = [*FEW_CAPABILITIES, "sh", "-c", f'umask {umask}; exec "$@"', "sh"]
+    service = start(prefix=prefix, DATA_DIR=open_folder / "new" / "data").wait()
+    create_task(service)
+    assert service.stop() == 0
+
+
+def test_a_start_that_waits_for_another_process_says_so(open_folder: Path, start: Start) -> None:
+    data_dir = open_folder / "data"
+    data_dir.mkdir(mode=0o711)
+    with (data_dir / "start.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        service = start(DATA_DIR=data_dir)
+        wait_until(lambda: "waiting for another process" in service.log())
+    service.wait()
+    assert service.log().count("waiting for another process") == 1
+    assert service.stop() == 0
 
 
 @as_root

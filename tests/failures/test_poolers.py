@@ -237,7 +237,7 @@ def test_migrations_are_applied_through_migration_database_url(postgres: Postgre
         settings = {"DATABASE_URL": as_url(bouncer.in_front_of(direct)), "DATABASE_POOLER": True}
         refused = start(**settings)
         assert refused.process.wait(timeout=60) != 0
-        assert re.fullmatch("todo_api: .*permission denied.*\n", refused.log())
+        assert re.fullmatch("todo_api: .*permission denied.*MIGRATION_DATABASE_URL.*\n", refused.log())
         service = start(**settings, MIGRATION_DATABASE_URL=as_url(direct)).wait()
         assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
         assert service.stop() == 0

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -151,10 +152,11 @@ def test_one_client_does_not_fill_the_log(database_url: str, start: Start) -> No
     assert len(service.log()) - seen < 10_000
 
 
+@pytest.mark.parametrize("expect", [b"Expect: 100-continue", b"Expect:100-Continue", b"EXPECT:\t100-continue "])
 @pytest.mark.parametrize("framing", [b"Content-Length: 900000", b"Transfer-Encoding: chunked"])
-def test_expect_100_continue_is_answered_before_the_body(service: Service, framing: bytes) -> None:
+def test_expect_100_continue_is_answered_before_the_body(service: Service, framing: bytes, expect: bytes) -> None:
     with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
-        connection.sendall(POST + b"Expect: 100-continue\r\n" + framing + b"\r\n\r\n")
+        connection.sendall(POST + expect + b"\r\n" + framing + b"\r\n\r\n")
         answer = connection.recv(65_536)
         if framing.startswith(b"Content"):
             assert answer.startswith(b"HTTP/1.1 413 ")
@@ -162,6 +164,15 @@ def test_expect_100_continue_is_answered_before_the_body(service: Service, frami
         assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(chunked(SMALL))
         assert connection.recv(65_536).startswith(b"HTTP/1.1 201 ")
+
+
+def test_an_old_client_gets_no_100_continue(service: Service) -> None:
+    request = b"POST /api/tasks HTTP/1.0\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(request + b"Content-Length: 14\r\n\r\n")
+        time.sleep(0.2)
+        connection.sendall(SMALL)
+        assert connection.recv(65_536).startswith((b"HTTP/1.0 201 ", b"HTTP/1.1 201 "))
 
 
 @pytest.mark.parametrize(

@@ -173,10 +173,17 @@ def test_too_few_open_files_stop_the_start_with_one_line(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize(("limit", "threads"), [(80, 4), (116, 4), (1024, 256)])
-def test_few_open_files_are_enough_for_fewer_clients(limit: int, threads: int, tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize(
+    ("limit", "threads", "options"),
+    [(80, 4, []), (116, 4, []), (1024, 256, []), (240, 4, ["--threads", "80"])],
+    ids=str,
+)
+def test_few_open_files_are_enough_for_fewer_clients(
+    limit: int, threads: int, options: list[str], tmp_path: Path, start: Start
+) -> None:
     files = ["prlimit", f"--nofile={limit}:{limit}"]
-    service = start(prefix=files, WEB_THREADS=threads, DATA_DIR=tmp_path / "data").wait()
+    command = [sys.executable, "wsgi.py", *options]
+    service = start(command=command, prefix=files, WEB_THREADS=threads, DATA_DIR=tmp_path / "data").wait()
     with ExitStack() as opened:
         for _ in range(16):
             opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
@@ -190,6 +197,45 @@ def test_few_open_files_are_enough_for_fewer_clients(limit: int, threads: int, t
         assert all(client.recv(65_536).startswith(b"HTTP/1.1 200") for client in clients)
     for _ in range(200):  # no file is left open
         assert service.client.get("/healthz", headers={"Connection": "close"}).is_success
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers must be between 1 and 256"),
+        (["--threads", "0"], "--threads must be between 1 and 256"),
+        (["--threads", "5000"], "--threads must be between 1 and 256"),
+        pytest.param(
+            *(["--user", "nobody", "--group", "nogroup"], "set DATABASE_URL, or start the service as that user"),
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the user"),
+        ),
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_work_stops_the_start_with_one_line(
+    options: list[str], message: str, tmp_path: Path, start: Start
+) -> None:
+    service = start(command=[sys.executable, "wsgi.py", *options], DATA_DIR=tmp_path / "data")
+    assert service.process.wait(timeout=60) == 3
+    assert re.fullmatch(f"todo_api: .*{message}\n", service.log())
+    assert not (tmp_path / "data").exists()
+
+
+def test_threads_that_cannot_be_started_stop_the_start_with_a_line(database_url: str, start: Start) -> None:
+    memory = ["prlimit", f"--as={1500 * 2**20}"]  # bytes; each thread reserves 8 MiB
+    service = start(prefix=memory, WEB_THREADS=256, WEB_CONCURRENCY=1, DATABASE_URL=database_url)
+    assert service.process.wait(timeout=60) == 3
+    assert "todo_api: a worker cannot start its 256 threads" in service.log()
+    assert "Traceback" not in service.log()
+
+
+def test_closed_standard_streams_are_not_reused_for_other_files(data_dir: Path, start: Start) -> None:
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    service = start(prefix=closing, DATA_DIR=data_dir).wait()
+    for process in (psutil.Process(service.process.pid), *workers(service)):
+        streams = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)]
+        assert streams == [Path(os.devnull)] * 3
     assert service.stop() == 0
 
 

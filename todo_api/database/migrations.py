@@ -89,6 +89,11 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
             return [migration.id for migration in pending]
     except psycopg.OperationalError as error:
         raise unreachable(error) from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise StartError(
+            f"the migrations cannot be applied: {_first_line(error)}: let the role create tables (GRANT CREATE ON "
+            "SCHEMA), or set MIGRATION_DATABASE_URL to a role that may"
+        ) from error
     except psycopg.Error as error:
         raise StartError(f"the migrations cannot be applied: {_first_line(error)}") from error
 

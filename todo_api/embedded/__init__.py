@@ -17,7 +17,8 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psycopg
@@ -71,7 +72,7 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
     else:
         clusters.as_owner(cluster, found)  # before anything is created
         _create_folder(data_dir)
-    with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) as lock:
+    with _start_lock(data_dir) as lock:
         server_lock = _join(setting, data_dir)
         if cluster.exists():
             conninfo = _running(cluster, server_lock, found) or _launch(cluster, found, connections)
@@ -83,6 +84,32 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
         log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
         _served.add(setting)
     return conninfo
+
+
+@contextmanager
+def _start_lock(data_dir: Path) -> Iterator[int]:
+    """Hold the lock with which one process at a time starts or stops the server; yields its file descriptor."""
+    began = time.monotonic()
+    is_logged = False
+    while (lock := _take_at_once(data_dir / "start.lock")) is None:
+        waited = time.monotonic() - began
+        if waited > _RESPONSE_TIMEOUT:
+            raise StartError(f"another process has held {data_dir / 'start.lock'} for {_RESPONSE_TIMEOUT} s: stop it")
+        if waited > 1 and not is_logged:
+            log.warning("waiting for another process that starts or stops the PostgreSQL in %s", data_dir)
+            is_logged = True
+        time.sleep(0.02)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _take_at_once(path: Path) -> int | None:
+    try:
+        return locks.take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
 
 
 def temporary_folder(data_dir: Path) -> Path:
@@ -102,8 +129,11 @@ def temporary_folder(data_dir: Path) -> Path:
 
 
 def _create_folder(folder: Path) -> None:
-    # If root starts the service, the server's user has to enter the folder.
-    folder.mkdir(parents=True, exist_ok=True, mode=0o711 if socket_folder.is_root() else 0o700)
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        # Whatever the umask is: if root starts the service, the server's user has to enter the folder.
+        path.chmod(0o711 if socket_folder.is_root() else 0o700)
 
 
 def psql(postgres_bin: Path | None = None) -> str:

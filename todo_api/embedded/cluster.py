@@ -57,7 +57,8 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
     fresh = cluster.with_name("postgres.new")
     if fresh.exists():
         shutil.rmtree(fresh)
-    fresh.mkdir(mode=0o700)
+    fresh.mkdir()
+    fresh.chmod(0o700)  # whatever the umask is
     if socket_folder.is_root():
         os.chown(fresh, _NOBODY, _NOBODY)
     log.info("creating a new PostgreSQL cluster in %s", cluster)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+import os
 import resource
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 from gunicorn import systemd
 
 from todo_api import database, logs, startup
-from todo_api.config import ROOT  # gunicorn would take the name "config" for its setting
+from todo_api.config import NUMBERS, ROOT  # gunicorn would take the name "config" for its setting
 from todo_api.server import gunicorn_check
 
 _settings = startup.load_settings()
@@ -27,12 +28,11 @@ _MOST_CLIENTS = 10_000
 _FEWEST_CLIENTS = 16
 
 
-def _open_files() -> int:
+def _open_files(wanted: int) -> int:
     """Raise the limit of open files, and return it.
 
     The limit is often 1024, for the sake of programs that use select(). A worker that reaches it dies.
     """
-    wanted = _OWN_FILES + _FILES_PER_THREAD * _settings.web_threads + _MOST_CLIENTS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -40,13 +40,13 @@ def _open_files() -> int:
     return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
 
 
-def _max_connections() -> int:
+def _max_connections(threads: int) -> int:
     """Return how many connections of clients a worker may accept below the limit of open files."""
-    needed = _OWN_FILES + _FILES_PER_THREAD * _settings.web_threads
-    clients = (limit := _open_files()) - needed
+    needed = _OWN_FILES + _FILES_PER_THREAD * threads
+    clients = (limit := _open_files(needed + _MOST_CLIENTS)) - needed
     if clients < _FEWEST_CLIENTS:
         startup.fail(
-            f"this process may open {limit} files, and a worker with WEB_THREADS={_settings.web_threads} needs "
+            f"this process may open {limit} files, and a worker with WEB_THREADS={threads} needs "
             f"{needed + _FEWEST_CLIENTS}: raise the limit (ulimit -n, or LimitNOFILE of systemd) or lower WEB_THREADS"
         )
     return clients
@@ -57,7 +57,7 @@ bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_
 workers = _settings.web_concurrency
 worker_class = "gthread" if gunicorn_check.difference() else "todo_api.server.worker.Worker"
 threads = _settings.web_threads  # the default is 4, because 2, 3 and 8 were not faster
-worker_connections = _max_connections()
+worker_connections = _max_connections(threads)
 # Seconds. A proxy must close idle connections earlier; otherwise it may send a request while the worker closes one.
 keepalive = 75
 timeout = 30  # seconds; gunicorn kills a worker that gives no sign of life for longer
@@ -77,6 +77,7 @@ def on_starting(server: Any) -> None:
     """Wait for the ports and prepare the database in the master, before it starts workers."""
     if difference := gunicorn_check.difference():
         log.warning("%s: serving with gunicorn's own worker", difference)
+    _check(cfg := server.cfg)
     # These handlers serve until gunicorn sets its own. A normal exit stops an embedded server.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
@@ -88,8 +89,21 @@ def on_starting(server: Any) -> None:
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)
-    cfg = server.cfg  # gunicorn's options, such as --threads, take precedence over the settings
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
+
+
+def _check(cfg: Any) -> None:
+    """Check gunicorn's options, which take precedence over the settings. If one is invalid, end the process."""
+    for option, value in (("--workers", cfg.workers), ("--threads", cfg.threads)):
+        if value not in NUMBERS:
+            startup.fail(f"{option} must be between {NUMBERS.start} and {NUMBERS.stop - 1}")
+    if not _settings.database_url and (cfg.uid, cfg.gid) != (os.geteuid(), os.getegid()):
+        startup.fail(
+            "with --user or --group, the workers may not use the embedded PostgreSQL: set DATABASE_URL, or start the "
+            "service as that user"
+        )
+    if cfg.threads != threads and cfg.worker_connections == worker_connections:
+        cfg.set("worker_connections", _max_connections(cfg.threads))
 
 
 def on_reload(server: Any) -> None:

@@ -12,7 +12,7 @@ from gunicorn.http.message import MAX_REQUEST_LINE
 from gunicorn.http.unreader import SocketUnreader
 
 REQUEST_TIMEOUT = 20.0  # seconds for a whole request, which occupies no thread meanwhile
-BODY_TIMEOUT = 5.0  # seconds for the rest of a body that is too large to be kept here: a thread waits for that
+BODY_TIMEOUT = 5.0  # seconds for the rest of a body that is too large to be kept here; a thread waits only for that
 HEAD_SIZE = 32 * 1024  # bytes; nginx accepts as much
 KEPT_BODY = 1024 * 1024  # bytes
 
@@ -22,7 +22,9 @@ _BLANK_LINE = b"\r\n\r\n"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]")  # gunicorn rejects any other one
 _NOT_IN_A_HEAD = re.compile(rb"[^\t\r\n -~]")
-_LENGTHS = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*(?=\r)")
+_LENGTHS = re.compile(rb"\r\ncontent-length:[ \t]*0*([0-9]{1,18})[ \t]*(?=\r)")
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked[ \t]*\r")
+_EXPECT = re.compile(rb"^[^\r]* http/1\.1\r\n.*?\r\nexpect:[ \t]*100-continue[ \t]*\r", re.DOTALL)
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}(?=[ \t;\r])")
 
 
@@ -43,6 +45,7 @@ class Reader(SocketUnreader):
         self._at = 0  # where to continue: in the head, or at the size of a chunk
         self._end = 0  # of the request, or of the part that the application needs; 0 before the end of the head
         self._is_chunked = False
+        self._is_large = False  # too large to be kept here
         self._in_chunks = 0  # bytes
 
     def has_more(self) -> bool:
@@ -71,7 +74,7 @@ class Reader(SocketUnreader):
         # At the end of the connection, the parser finds out what is missing.
         self.is_whole = piece == b"" or (bool(self.data) and self._has_request())
         if self.is_whole:
-            self.deadline = time.monotonic() + BODY_TIMEOUT
+            self.deadline = time.monotonic() + (BODY_TIMEOUT if self._is_large else 0)
         return self.is_whole
 
     def chunk(self, size_hint: int | None = None) -> bytes:
@@ -114,12 +117,13 @@ class Reader(SocketUnreader):
         self._at = self._end = end
         head = bytes(self.data[:end]).lower()
         lengths = [int(length) for length in _LENGTHS.findall(head)]
-        self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in head and not lengths
+        self._is_chunked = bool(_CHUNKED.search(head)) and not lengths
         awaited = self._is_chunked or (len(lengths) == 1 and lengths[0] <= self.body_limit)
-        if awaited and b"\r\nexpect: 100-continue\r\n" in head and len(self.data) == end:
+        if awaited and _EXPECT.search(head) and len(self.data) == end:
             self.sock.send(_CONTINUE, socket.MSG_DONTWAIT)
-        if awaited and lengths and lengths[0] <= KEPT_BODY:
-            self._end += lengths[0]
+        if awaited and lengths:
+            self._is_large = lengths[0] > KEPT_BODY
+            self._end += 0 if self._is_large else lengths[0]
 
     def _has_chunks(self) -> bool:
         """Return whether the last chunk is there, or more bytes than the application reads, or an invalid chunk."""
@@ -140,4 +144,7 @@ class Reader(SocketUnreader):
             self._at = start + length + 2
 
     def _is_too_large(self, unfinished: int) -> bool:
-        return self._in_chunks + unfinished > self.body_limit or len(self.data) - self._end > 2 * KEPT_BODY
+        if self._in_chunks + unfinished > self.body_limit:
+            return True
+        self._is_large = len(self.data) - self._end > 2 * KEPT_BODY
+        return self._is_large

@@ -5,6 +5,7 @@ import select
 import selectors
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from http import HTTPStatus
 from math import inf
 from queue import SimpleQueue
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 from gunicorn import util
 from gunicorn.http import wsgi
@@ -31,6 +32,7 @@ _ACCEPT_PAUSE = 0.00005  # seconds; long enough for another worker to wake up
 _NEXT_REQUEST_WAIT = 1  # milliseconds
 _CLOSE_TIMEOUT = 2.0  # seconds for a client to close its side; gunicorn's own value
 _READ_SIZE = 65_536  # bytes
+_RESPAWN_PAUSE = 1  # second
 _READ_TIMEOUT = 10.0  # seconds in which a client reads nothing of a response
 _KEPT_RESPONSES = 256 * 1024 * 1024  # bytes that clients have not read yet
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
@@ -97,13 +99,26 @@ class Worker(ThreadWorker):
 
     def run(self) -> None:
         """Handle requests until the worker stops."""
-        for _ in range(self.cfg.threads):
-            self.tpool.submit(self._work)
         try:
+            for _ in range(self.cfg.threads):
+                self.tpool.submit(self._work)
             super().run()
+        except RuntimeError as error:  # the limit of processes or of memory is reached
+            self._end_without_threads(error)
         finally:
             for _ in range(self.cfg.threads):
                 self.ready_connections.put(None)
+
+    def _end_without_threads(self, error: RuntimeError) -> NoReturn:
+        """End the service if it has just started. Later, end this worker only, and let the master start another one."""
+        reason = (
+            f"a worker cannot start its {self.cfg.threads} threads ({error}): raise the limit of processes or memory"
+        )
+        if self.age <= self.cfg.workers:
+            startup.fail(reason)
+        self.log.error(reason)
+        time.sleep(_RESPAWN_PAUSE)
+        sys.exit(1)
 
     def _cap_keepalive(self, deadline: float) -> None:
         """Close the listening sockets, and keep idle connections until the deadline; gunicorn calls this at a stop.
