@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from todo_api import config, database, embedded
@@ -32,6 +33,10 @@ def fail(reason: object) -> NoReturn:
 def load_settings() -> Settings:
     """Return the settings, or end the process if they cannot be read or one of them is invalid."""
     _open_standard_streams()
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        os.chdir(config.ROOT)  # gunicorn does so later, but needs a folder until then
     try:
         settings = config.load()
         _ensure_temporary_folder(settings)

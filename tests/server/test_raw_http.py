@@ -71,6 +71,12 @@ def test_a_malformed_body_is_rejected_by_calls_that_need_none(
     assert db.execute("SELECT version FROM tasks").fetchall() == [(1,)]
 
 
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"deflate,chunked"])
+def test_a_compressed_body_is_rejected(service: Service, coding: bytes) -> None:
+    request = POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n" + chunked(SMALL)
+    assert problem(service, request)["type"] == "not_implemented"
+
+
 def test_a_body_of_many_chunks_is_read(service: Service) -> None:
     pieces = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in b'{"title": "x"}')
     status, headers, _ = send(service, POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")

@@ -230,6 +230,18 @@ def test_threads_that_cannot_be_started_stop_the_start_with_a_line(database_url:
     assert "Traceback" not in service.log()
 
 
+def test_python_without_docstrings_serves(data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, PYTHONOPTIMIZE=2).wait()
+    assert service.client.get("/openapi.json").json()["paths"]["/api/tasks"]["get"]["operationId"] == "list_tasks"
+    assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
+
+
+def test_the_current_folder_may_be_gone(tmp_path: Path, data_dir: Path, start: Start) -> None:
+    leaving = ["sh", "-c", 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"', tmp_path / "gone"]
+    command = [sys.executable, ROOT / "wsgi.py"]
+    assert start(command=command, prefix=leaving, DATA_DIR=data_dir).wait().stop() == 0
+
+
 def test_closed_standard_streams_are_not_reused_for_other_files(data_dir: Path, start: Start) -> None:
     closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     service = start(prefix=closing, DATA_DIR=data_dir).wait()

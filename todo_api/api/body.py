@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask import Flask, g, request
+from werkzeug import exceptions
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 from werkzeug.http import parse_options_header
 
@@ -41,11 +42,14 @@ def read(environ: "WSGIEnvironment", limit: int) -> bytes:
     Raises:
         RequestEntityTooLarge: the body is larger than the limit.
         MalformedRequest: the body is incomplete.
+        NotImplemented: the body has another transfer coding than chunked.
 
     """
     length = _content_length(environ)
     if length is None and "HTTP_TRANSFER_ENCODING" not in environ:
         return b""
+    if environ.get("HTTP_TRANSFER_ENCODING", "chunked").strip().lower() != "chunked":
+        raise exceptions.NotImplemented  # the body would have to be decompressed
     if length is not None and length > limit:
         raise RequestEntityTooLarge(f"{KINDS[413][1]} of {limit} bytes")
     try:

@@ -122,8 +122,9 @@ class _Finish(BasePlugin):
         for operation in (operations or {}).values():
             for name in operation.pop("x-takes", []):
                 operation.setdefault("parameters", []).append(_request_header(name))
-            operation["summary"] = operation["summary"].rstrip(".")
-            operation["description"] = operation["description"].replace("\n", " ")  # the line breaks of the docstring
+            # The texts are the docstring of the view, which PYTHONOPTIMIZE=2 removes.
+            operation["summary"] = operation.get("summary", "").rstrip(".")
+            operation["description"] = operation.get("description", "").replace("\n", " ")
             # Success comes first.
             operation["responses"] = dict(sorted(operation.get("responses", {}).items(), key=lambda item: int(item[0])))
 
