@@ -99,9 +99,15 @@ def test_a_cluster_that_belongs_to_nobody_gets_a_user_of_its_own(
     (data_dir / "postgres" / "pg_wal").rename(elsewhere)
     (data_dir / "postgres" / "pg_wal").symlink_to(elsewhere)
     subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", data_dir / "postgres", elsewhere], check=True)
+    foreign = open_folder / "foreign"
+    (foreign / "inner").mkdir(parents=True)
+    (foreign / "file").touch()
+    (data_dir / "postgres" / "link").symlink_to(foreign)  # as a process of nobody may have made it
+    os.link(foreign / "file", data_dir / "postgres" / "file")
     service = start(DATA_DIR=data_dir).wait()
     create_task(service)
     assert {owner(path) for path in (data_dir / "postgres", elsewhere, *elsewhere.iterdir())}.isdisjoint({0, NOBODY})
+    assert {owner(path) for path in (foreign, *foreign.iterdir())} == {0}
     assert service.stop() == 0
 
 

@@ -90,12 +90,18 @@ def take_from_nobody(cluster: Path) -> None:
         return
     user = next(user for user in _OWN_USERS if not _has_entry(user))
     try:
-        # The folder itself comes last, so the next start continues if this one is killed. A link may lead to pg_wal or
-        # to a tablespace.
-        for folder, _, files in os.walk(cluster, topdown=False, followlinks=True):
+        # A link may lead to pg_wal or to a tablespace. But a process of nobody may have made one that leads to files of
+        # others, so these are left alone.
+        for _, folders, files, descriptor in os.fwalk(cluster, follow_symlinks=True):
+            if os.fstat(descriptor).st_uid not in {_NOBODY, user}:
+                folders.clear()
+                continue
             for name in files:
-                os.chown(Path(folder, name), user, user, follow_symlinks=False)
-            os.chown(folder, user, user)
+                if os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_uid == _NOBODY:
+                    os.chown(name, user, user, dir_fd=descriptor, follow_symlinks=False)
+            if not os.path.samestat(os.fstat(descriptor), cluster.stat()):
+                os.fchown(descriptor, user, user)
+        os.chown(cluster, user, user)  # last, so that the next start continues if this one is killed
     except OSError as error:
         log.warning("%s stays with the user nobody, whose processes can all use this PostgreSQL: %s", cluster, error)
 
