@@ -5,13 +5,12 @@ TEST_POOLER is set, services connect to every server through a PgBouncer in tran
 """
 
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
@@ -19,7 +18,7 @@ from psycopg.rows import TupleRow
 from tests.support import pgbouncer
 from tests.support.databases import as_url, new_database
 from tests.support.fixtures import Create, Figure, Start
-from tests.support.processes import servers_in
+from tests.support.processes import send, servers_in
 from tests.support.service import Service
 from todo_api import embedded
 
@@ -51,9 +50,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for service in started:
         if service.process.poll() is None:
             service.kill()
-    for process in servers_in(tmp_path):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    send(signal.SIGKILL, *servers_in(tmp_path))
 
 
 def pytest_sessionfinish() -> None:

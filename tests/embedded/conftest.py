@@ -1,16 +1,15 @@
 """The folders that the tests of the embedded PostgreSQL start with."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.embedded import BIN, copy
-from tests.support.processes import servers_in
+from tests.support.processes import send, servers_in
 from tests.support.service import Service
 
 
@@ -35,9 +34,7 @@ def open_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="test-"))
     folder.chmod(0o755)
     yield folder
-    for process in servers_in(folder):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    send(signal.SIGKILL, *servers_in(folder))
     shutil.rmtree(folder)
 
 

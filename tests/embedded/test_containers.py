@@ -1,6 +1,7 @@
 """Services that cannot see each other's processes, and root without the capability to see those of other users."""
 
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from tests.support.containers import FEW_CAPABILITIES, container, stop
 from tests.support.embedded import assert_failed_with_one_line, copy, create_task, has_task
 from tests.support.fixtures import Start
-from tests.support.processes import children, postmaster_in, servers_in, wait_until
+from tests.support.processes import children, postmaster_in, send, servers_in, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has these capabilities")
 
@@ -86,13 +87,11 @@ class Suspended:
 
     def __enter__(self) -> None:
         """Suspend them, the postmaster first, so that it starts no others."""
-        for process in self.processes:
-            process.suspend()
+        send(signal.SIGSTOP, *self.processes)
 
     def __exit__(self, *_: object) -> None:
         """Resume them."""
-        for process in self.processes:
-            process.resume()
+        send(signal.SIGCONT, *self.processes)
 
 
 @as_root
@@ -153,9 +152,8 @@ def test_a_server_that_cannot_be_stopped_from_another_container_is_logged(
     first = start(
         DATA_DIR=data_dir, prefix=[*container(open_folder / "tmp"), "sh", "-c", '"$@"; sleep 600', "sh"]
     ).wait()
-    for process, name in children(first.process.pid, recursive=True).items():
-        if name.startswith("python"):
-            process.kill()
+    inside = children(first.process.pid, recursive=True)
+    send(signal.SIGKILL, *(process for process, name in inside.items() if name.startswith("python")))
     second = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
     assert stop(second) == 0
     assert second.log().count("cannot be stopped from here") == 1

@@ -2,18 +2,18 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from tests.support.containers import container
 from tests.support.embedded import copy, create_task, has_task
 from tests.support.fixtures import Start
 from tests.support.load import create
-from tests.support.processes import postmaster_in, servers_in, wait_until
+from tests.support.processes import has_ended, postmaster_in, send, servers_in, wait_until
 from tests.support.service import Service
 
 GONE = "the cluster is gone"
@@ -79,13 +79,13 @@ def test_a_copy_in_place_of_a_moved_folder_gets_its_own_server(tmp_path: Path, d
     old = postmaster_in(tmp_path)
     data_dir.rename(tmp_path / "moved")
     backup.rename(data_dir)
-    for backend in servers_in(tmp_path):
-        if "idle" in " ".join(backend.cmdline()):
-            backend.terminate()  # so that the service opens new connections
+    servers = servers_in(tmp_path, "cmdline")
+    idle = [server for server in servers if "idle" in " ".join(server.info["cmdline"] or [])]
+    send(signal.SIGTERM, *idle)  # so that the service opens new connections
 
     def has_noticed() -> bool:
         service.answers()  # a request makes the service connect again
-        return not old.is_running() or old.status() == psutil.STATUS_ZOMBIE
+        return has_ended(old)
 
     wait_until(has_noticed)
     service.wait()

@@ -19,7 +19,7 @@ from tests.support.load import at_once
 from tests.support.network import Network, NetworkPostgres, NetworkService
 from tests.support.postgres import Postgres
 from tests.support.problems import assert_problem
-from tests.support.processes import free_port, servers_in, wait_until
+from tests.support.processes import free_port, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 GUNICORN = [sys.executable, "-m", "gunicorn", "--threads", "16", "wsgi:app"]
@@ -155,14 +155,12 @@ def test_a_server_that_is_suspended_during_a_slow_statement_causes_a_quick_503(
         lists = [client.submit(service.client.get, "/api/tasks") for _ in range(4)]
         time.sleep(2)
         stopped = servers_in(postgres.cluster)
-        for process in stopped:
-            process.suspend()
+        send(signal.SIGSTOP, *stopped)
         suspended = time.monotonic()
         for answer in lists:
             assert_problem(answer.result(), 503, "database_unavailable")
         took = time.monotonic() - suspended
-        for process in stopped:
-            process.resume()
+        send(signal.SIGCONT, *stopped)
     assert took < 2  # less than 1 in the service; the rest is for a busy machine
     wait_until(service.answers)
     assert len(service.client.get("/api/tasks").json()) == 1

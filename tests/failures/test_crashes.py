@@ -20,7 +20,7 @@ from tests.support.fixtures import Figure, Start
 from tests.support.load import Call, Load, assert_acknowledged_once, assert_unavailable, create
 from tests.support.optional_tools import program
 from tests.support.problems import assert_quick
-from tests.support.processes import free_port, postmaster_in, postmasters_in, servers_in, wait_until
+from tests.support.processes import free_port, postmaster_in, postmasters_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 
@@ -41,29 +41,23 @@ def kill_master(service: Service, _: Path) -> None:
 
 def kill_worker(service: Service, _: Path) -> None:
     """Kill one of the workers."""
-    for worker in workers(service)[:1]:
-        worker.kill()
+    send(signal.SIGKILL, *workers(service)[:1])
 
 
 def kill_postmaster(_: Service, data_dir: Path) -> None:
     """Kill the postmaster; PostgreSQL's other processes notice it."""
-    for postmaster in postmasters_in(data_dir):  # there is none before it has started
-        postmaster.kill()
+    send(signal.SIGKILL, *postmasters_in(data_dir))  # there is none before it has started
 
 
 def kill_backend(_: Service, data_dir: Path) -> None:
     """Kill one of PostgreSQL's other processes; the postmaster then restarts all of them."""
-    for server in [server for server in servers_in(data_dir) if server.info["ppid"] != 1][-1:]:
-        with suppress(psutil.NoSuchProcess):
-            server.kill()
+    send(signal.SIGKILL, *[server for server in servers_in(data_dir) if server.info["ppid"] != 1][-1:])
 
 
 def kill_everything(service: Service, data_dir: Path) -> None:
     """Kill all processes of the service and of PostgreSQL."""
     service.kill()
-    for server in servers_in(data_dir):
-        with suppress(psutil.NoSuchProcess):
-            server.kill()
+    send(signal.SIGKILL, *servers_in(data_dir))
 
 
 Kill = Callable[[Service, Path], None]
@@ -137,9 +131,7 @@ def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, s
     service = start(DATA_DIR=tmp_path / "data").wait()
     postmaster_in(tmp_path).suspend()  # first, so that it starts no other processes
     hanging = servers_in(tmp_path)
-    for process in hanging:
-        with suppress(psutil.NoSuchProcess):
-            process.suspend()
+    send(signal.SIGSTOP, *hanging)
     delays = []
     with Load(service, 4) as load:
         until = time.monotonic() + 5
@@ -147,9 +139,7 @@ def test_requests_get_quick_503s_while_the_server_is_suspended(tmp_path: Path, s
             assert service.answers("/healthz")
             delays.append(time.monotonic() - began)
             time.sleep(0.02)
-    for process in hanging:
-        with suppress(psutil.NoSuchProcess):
-            process.resume()
+    send(signal.SIGCONT, *hanging)
     wait_until(service.answers)
     assert set(load.statuses()) == {503}
     assert_quick(service)

@@ -3,17 +3,15 @@
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Load, assert_acknowledged_once, assert_unavailable
 from tests.support.problems import assert_quick
-from tests.support.processes import servers_in, wait_until
+from tests.support.processes import send, servers_in, wait_until
 from tests.support.replica import Pair
 from tests.support.service import Service
 
@@ -24,9 +22,7 @@ LIMIT = 3  # seconds from the promotion to the first success, as clients count t
 def pair(tmp_path: Path) -> Iterator[Pair]:
     """Run a primary and its synchronous standby."""
     yield Pair(tmp_path)
-    for process in servers_in(tmp_path):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    send(signal.SIGKILL, *servers_in(tmp_path))
 
 
 @pytest.fixture

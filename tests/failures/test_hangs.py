@@ -1,5 +1,6 @@
 """A database that does not respond: locks, long statements, a suspended server, a frozen network."""
 
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from tests.support.load import Load, assert_acknowledged_once, assert_unavailabl
 from tests.support.network import Network, NetworkPostgres, NetworkService
 from tests.support.postgres import Postgres
 from tests.support.problems import assert_problem, assert_quick
-from tests.support.processes import servers_in, wait_until
+from tests.support.processes import send, servers_in, wait_until
 from tests.support.service import Service
 
 WRITES = ["PATCH", "DELETE", "toggle"]
@@ -139,12 +140,10 @@ def test_requests_get_a_503_while_the_server_is_suspended(postgres: Postgres, se
     with Load(service, 50) as load:
         time.sleep(1)
         stopped = servers_in(postgres.cluster)
-        for process in stopped:
-            process.suspend()
+        send(signal.SIGSTOP, *stopped)
         time.sleep(2)
         wait_until(lambda: load.statuses()[503] > 0)
-        for process in stopped:
-            process.resume()
+        send(signal.SIGCONT, *stopped)
         load.first_success(time.monotonic())
     assert_only_unavailable(load)
     assert_quick(service)

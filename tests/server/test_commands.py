@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -140,8 +141,10 @@ def test_psql_uses_database_url_and_has_no_password_in_its_arguments(tmp_path: P
     process = subprocess.Popen(command, cwd=ROOT, env=environment(DATABASE_URL=url, DATA_DIR=tmp_path / "data"))
 
     def running() -> list[psutil.Process]:
-        found = [child for child, name in children(process.pid).items() if name == "psql"]
-        return [child for child in found if "--version" not in child.cmdline()]  # the check that this psql runs
+        with suppress(psutil.NoSuchProcess):  # the check that this psql runs, which ends soon
+            found = [child for child, name in children(process.pid).items() if name == "psql"]
+            return [child for child in found if "--version" not in child.cmdline()]
+        return []
 
     wait_until(lambda: bool(running()))
     [child] = running()

@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
-from tests.support.processes import free_port, postmaster_in, servers_in, wait_until
+from tests.support.processes import children, free_port, has_ended, postmaster_in, servers_in, wait_until
 from tests.support.service import Service, workers
 
 GUNICORN = [sys.executable, "-m", "gunicorn"]
@@ -136,7 +136,7 @@ def test_sigusr2_replaces_the_service_without_a_refused_request(tmp_path: Path, 
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     old.send_signal(signal.SIGUSR2)
     wait_until(lambda: service.log().count(f"serving {service.url}, its docs") == 2)
-    [new] = [child for child in workers(service) if child.children()]
+    [new] = [child for child in workers(service) if children(child.pid)]
     try:
         old.terminate()
         while old.poll() is None:
@@ -147,7 +147,7 @@ def test_sigusr2_replaces_the_service_without_a_refused_request(tmp_path: Path, 
         assert "in use" not in service.log()
     finally:
         new.terminate()
-        wait_until(lambda: not new.is_running() or new.status() == psutil.STATUS_ZOMBIE)
+        wait_until(lambda: has_ended(new))
     wait_until(lambda: servers_in(tmp_path / "data") == [])
 
 

@@ -68,6 +68,21 @@ def children(pid: int, *, recursive: bool = False) -> dict[psutil.Process, str]:
     return found
 
 
+def send(signal_number: int, *processes: psutil.Process) -> None:
+    """Send a signal to processes, in this order. Those that have ended meanwhile are left out."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal_number)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended. Its parent may not have reaped it yet."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def servers_in(folder: Path, *attributes: str) -> list[psutil.Process]:
     """Return the PostgreSQL processes of a cluster in a folder.
 

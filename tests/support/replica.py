@@ -4,15 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import LiteralString
 
-import psutil
 import psycopg
 
 from tests.support.postgres import Postgres
-from tests.support.processes import free_port, postmaster_in, servers_in, wait_until
+from tests.support.processes import free_port, postmaster_in, send, servers_in, wait_until
 from todo_api.embedded import cluster, programs, socket_folder
 
 SETTINGS = """
@@ -79,9 +77,7 @@ class Server(Postgres):
 
     def send(self, signal_number: int) -> None:
         """Send a signal to all processes of the server, first to the postmaster so that it starts no others."""
-        for process in [postmaster_in(self.cluster), *servers_in(self.cluster)]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal_number)
+        send(signal_number, postmaster_in(self.cluster), *servers_in(self.cluster))
 
     def crash(self) -> None:
         """Kill all processes of the server with SIGKILL."""
