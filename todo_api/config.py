@@ -65,6 +65,8 @@ def load() -> Settings:
 
 def _read() -> Settings:
     _forget_other_dotenv()
+    if (ROOT / ".env").is_dir():  # as Docker creates it for a volume whose source is missing
+        raise IsADirectoryError("it is a folder")
     # load_dotenv puts the values of .env into the environment. So the loop below handles empty values from both.
     load_dotenv(ROOT / ".env")
     env = Env()
@@ -82,8 +84,8 @@ def _read() -> Settings:
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
         migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_check_database_url),
         # A relative path is relative to the project, not to the current folder.
-        data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_check_home).expanduser(),
-        postgres_bin=_folder(env.path("POSTGRES_BIN", None, validate=_check_home)),
+        data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_check_path).expanduser(),
+        postgres_bin=_folder(env.path("POSTGRES_BIN", None, validate=_check_path)),
         host=env.str("HOST", Settings.host, validate=_check_address),
         port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=_check_number),
@@ -119,7 +121,9 @@ def _check_address(host: str) -> None:
         raise ValidationError("It must be localhost or an IP address, such as 127.0.0.1, 0.0.0.0 or ::.") from error
 
 
-def _check_home(path: Path) -> None:
+def _check_path(path: Path) -> None:
+    if len(str(path).splitlines()) > 1:
+        raise ValidationError("It must not contain a line break.")  # files of PostgreSQL list paths, one in a line
     try:
         path.expanduser()
     except RuntimeError as error:  # "~name" for an unknown user

@@ -80,6 +80,21 @@ def test_a_start_that_waits_for_another_process_says_so(open_folder: Path, start
     assert service.stop() == 0
 
 
+@pytest.mark.long
+def test_a_stop_does_not_wait_forever_for_another_process(open_folder: Path, start: Start) -> None:
+    service = start(DATA_DIR=open_folder / "data").wait()
+    task_id = create_task(service)
+    with (open_folder / "data" / "start.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        service.process.terminate()
+        assert service.process.wait(timeout=90) == 0
+    assert "is not stopped: another process has held" in service.log()
+    service = start(DATA_DIR=open_folder / "data").wait()
+    assert has_task(service, task_id)
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+
+
 @as_root
 def test_processes_of_nobody_cannot_use_the_server_of_root(open_folder: Path, start: Start) -> None:
     service = start(DATA_DIR=open_folder / "data").wait()

@@ -52,6 +52,7 @@ ALSO_INVALID = [  # the same function rejects them, so one process is enough
     ("DATABASE_URL", f"postgresql://user:{PASSWORD}@[::1]5432/name"),
     ("DATABASE_URL", f"host=127.0.0.1 password={PASSWORD}"),
     ("DATA_DIR", "~nobody-of-this-name/data"),
+    ("DATA_DIR", "two\nlines"),
     ("HOST", "127.0.0.1:8000"),
     ("CORS_ORIGINS", "http://[::1]:3000"),  # Flask-CORS would read it as a pattern
     ("CORS_ORIGINS", "https://app.example.com/"),
@@ -165,6 +166,13 @@ def test_a_dotenv_that_is_not_utf_8_is_reported_in_one_line(project: Path) -> No
     done = run(project, ["wsgi.py"])
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
     assert ".env" in done.stderr
+
+
+def test_a_folder_in_place_of_dotenv_is_reported_in_one_line(project: Path) -> None:
+    (project / ".env").mkdir()
+    done = run(project, ["wsgi.py"])
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    assert ".env cannot be read: it is a folder" in done.stderr
 
 
 def test_an_empty_value_means_the_default(project: Path) -> None:

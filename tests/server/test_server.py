@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
-from tests.support.processes import children, free_port, has_ended, postmaster_in, servers_in, wait_until
+from tests.support.processes import children, free_port, has_ended, postmaster_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 GUNICORN = [sys.executable, "-m", "gunicorn"]
@@ -220,6 +221,54 @@ def test_an_option_that_cannot_work_stops_the_start_with_one_line(
     assert service.process.wait(timeout=60) == 3
     assert re.fullmatch(f"todo_api: .*{message}\n", service.log())
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--bind=fd://77", "Bad file descriptor"),
+        ("--bind=localhost:99999", "port must be 0-65535"),
+        ("--worker-tmp-dir=/nonexistent", "/nonexistent doesn't exist"),
+    ],
+)
+def test_an_option_that_gunicorn_does_not_check_stops_the_start_with_one_line(
+    option: str, message: str, database_url: str, start: Start
+) -> None:
+    service = start(command=[sys.executable, "wsgi.py", option], DATABASE_URL=database_url)
+    assert service.process.wait(timeout=60) == 3
+    [line] = [line for line in service.log().splitlines() if not re.match(r"\d{4}-", line)]
+    assert line.startswith("todo_api: ")
+    assert message in line
+
+
+SIXTY_THREADS = """
+import threading, time
+for _ in range(60):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take another user id")
+def test_the_service_outlives_a_worker_that_cannot_be_replaced(database_url: str, start: Start) -> None:
+    # The limit counts all threads of the real user. The effective user still is root, who may read the project.
+    as_other = ["setpriv", "--ruid=58999", "--bounding-set=-sys_resource,-sys_admin"]
+    service = start(prefix=[*as_other, "prlimit", "--nproc=60"], DATABASE_URL=database_url, WEB_CONCURRENCY=2).wait()
+    wait_until(lambda: len(workers(service)) == 2)
+    with subprocess.Popen([*as_other, sys.executable, "-c", SIXTY_THREADS], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout
+            assert other.stdout.readline()
+            send(signal.SIGKILL, *workers(service)[:1])
+            wait_until(lambda: "a worker cannot be started" in service.log())
+            time.sleep(2.5)  # two more attempts
+            assert service.answers()
+        finally:
+            other.kill()
+    wait_until(lambda: len(workers(service)) == 2)
+    assert service.log().count("a worker cannot be started") == 1
+    assert service.stop() == 0
 
 
 def test_threads_that_cannot_be_started_stop_the_start_with_a_line(database_url: str, start: Start) -> None:

@@ -186,20 +186,26 @@ def _leave(setting: Path) -> None:
     # Otherwise a second Ctrl-C, or gunicorn's next signal to a worker, would interrupt the stop.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
     data_dir = setting.resolve()
-    cluster = data_dir / "postgres"
-    # If the folder was deleted, there is no lock to take: no other process can start a server in it.
-    with locks.taken(data_dir / "start.lock", fcntl.LOCK_EX) if cluster.exists() else nullcontext():
-        if not _is_last(_users.pop(setting)):
-            return
-        if setting in _servers and not _servers[setting].is_of(data_dir):
-            _abandon(setting)
-            if cluster.exists():  # a copy; a worker may have started a server in it
-                with locks.opened(data_dir / "users.lock") as users:
-                    if not _is_last(users):
-                        return
-                _servers[setting] = locks.ServerLock(data_dir)
-        if setting in _servers:
-            clusters.stop(cluster, _servers[setting])
+    try:
+        # If the folder was deleted, there is no lock to take: no other process can start a server in it.
+        with _start_lock(data_dir) if (data_dir / "postgres").exists() else nullcontext():
+            _stop_if_last(setting, data_dir / "postgres")
+    except StartError as error:
+        log.warning("the PostgreSQL in %s is not stopped: %s", data_dir, error)
+
+
+def _stop_if_last(setting: Path, cluster: Path) -> None:
+    if not _is_last(_users.pop(setting)):
+        return
+    if setting in _servers and not _servers[setting].is_of(cluster.parent):
+        _abandon(setting)
+        if cluster.exists():  # a copy; a worker may have started a server in it
+            with locks.opened(cluster.parent / "users.lock") as users:
+                if not _is_last(users):
+                    return
+            _servers[setting] = locks.ServerLock(cluster.parent)
+    if setting in _servers:
+        clusters.stop(cluster, _servers[setting])
 
 
 def _is_last(users: int) -> bool:

@@ -46,16 +46,6 @@ def take(path: Path, kind: int) -> int:
 
 
 @contextmanager
-def taken(path: Path, kind: int) -> Iterator[int]:
-    """Hold a lock on a file; yields the file descriptor."""
-    descriptor = take(path, kind)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def opened(path: Path) -> Iterator[int]:
     """Open a lock file, without locking it; yields the file descriptor."""
     descriptor = _open(path)

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from gunicorn.app import wsgiapp
 
+from todo_api import startup
 from todo_api.server.unreadable import install_problems
 
 __all__ = ["install_problems", "run"]
@@ -18,4 +19,7 @@ def run() -> NoReturn:
     if sys.argv[1:4] != _ARGUMENTS:  # on SIGUSR2, gunicorn runs this program again with all its arguments
         sys.argv[1:1] = _ARGUMENTS
     sys.argv[0] = str(Path(sys.argv[0]).resolve())  # from the project's folder
-    sys.exit(wsgiapp.run(prog="gunicorn"))
+    try:
+        sys.exit(wsgiapp.run(prog="gunicorn"))
+    except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:  # gunicorn lets some of them pass
+        startup.fail(f"gunicorn cannot start, check its options: {error}")

@@ -89,7 +89,32 @@ def on_starting(server: Any) -> None:
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)
+    _survive_failed_forks(server)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
+
+
+def _survive_failed_forks(server: Any) -> None:
+    """Keep the service running if a worker cannot be started, because a limit of processes or memory is reached.
+
+    gunicorn would end the service. It looks once a second whether workers are missing.
+    """
+    spawn_worker = server.spawn_worker
+    is_logged = False
+
+    def try_to_spawn_worker() -> None:
+        nonlocal is_logged
+        try:
+            spawn_worker()
+        except (OSError, RuntimeError) as error:
+            if server.worker_age == 1:  # the first worker
+                startup.fail(f"no worker can be started: {error}")
+            if not is_logged:
+                log.warning("a worker cannot be started; gunicorn tries again every second: %s", error)
+            is_logged = True
+        else:
+            is_logged = False
+
+    server.spawn_worker = try_to_spawn_worker
 
 
 def _check(cfg: Any) -> None:
