@@ -61,6 +61,7 @@ def test_each_application_has_its_own_database_and_outage(database_url: str, cap
     port = free_port()
     reachable = create_app(settings_for(database_url)).test_client()
     unreachable = create_app(settings_for(f"postgresql://todo@127.0.0.1:{port}/todo")).test_client()
+    wait_until(lambda: reachable.get("/readyz").status_code == 200)  # a first connection may take long
     for _ in range(3):
         assert (reachable.get("/readyz").status_code, unreachable.get("/readyz").status_code) == (200, 503)
     assert reachable.post("/api/tasks", json={"title": "Buy milk"}).status_code == 201

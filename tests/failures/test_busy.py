@@ -145,12 +145,12 @@ SLOW_READS = """
 
 
 def test_a_server_that_is_suspended_during_a_slow_statement_causes_a_quick_503(
-    postgres: Postgres, start: Start
+    postgres: Postgres, start: Start, figure: Figure
 ) -> None:
     service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
     create(service, "Buy milk")
     with psycopg.connect(postgres.conninfo) as db:
-        db.execute((SLOW_READS % 4).encode())
+        db.execute((SLOW_READS % 10).encode())
     with ThreadPoolExecutor() as client:
         lists = [client.submit(service.client.get, "/api/tasks") for _ in range(4)]
         time.sleep(2)
@@ -161,7 +161,8 @@ def test_a_server_that_is_suspended_during_a_slow_statement_causes_a_quick_503(
             assert_problem(answer.result(), 503, "database_unavailable")
         took = time.monotonic() - suspended
         send(signal.SIGCONT, *stopped)
-    assert took < 2  # less than 1 in the service; the rest is for a busy machine
+    figure("PostgreSQL suspended during slow statements: slowest 503, s", f"{took:.2f}")
+    assert took < 8  # which is before the statements would have ended
     wait_until(service.answers)
     assert len(service.client.get("/api/tasks").json()) == 1
     assert service.stop() == 0
