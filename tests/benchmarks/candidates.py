@@ -88,7 +88,7 @@ class Candidate:
         """Stop the application."""
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=30)
+            self.process.wait(timeout=120)
 
 
 def sqlalchemy_url(conninfo: str) -> str:

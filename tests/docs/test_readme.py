@@ -97,7 +97,7 @@ def service(project: Path) -> Iterator[Service]:
     service.client.close()
     (master,) = psutil.Process(service.process.pid).children()
     master.terminate()
-    assert service.process.wait(timeout=60) == 0
+    assert service.process.wait(timeout=120) == 0
 
 
 def database_url(project: Path, database: str = "todo") -> str:

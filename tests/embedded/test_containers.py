@@ -40,7 +40,7 @@ def test_no_second_server_is_started_if_the_first_cannot_be_reached(
     task_id = create_task(first)
     postmaster = postmaster_in(open_folder)
     second = start(DATA_DIR=long_data_dir, prefix=container(open_folder / "tmp"))
-    assert second.process.wait(timeout=60) == 3
+    assert second.process.wait(timeout=120) == 3
     assert_failed_with_one_line(second, f"runs in {long_data_dir}/postgres", "cannot be reached from here", "DATA_DIR")
 
     assert postmaster_in(open_folder) == postmaster
@@ -195,6 +195,6 @@ def test_a_folder_that_the_server_cannot_enter_is_named(
         bin_folder = folder / packages.name / open_programs.relative_to(packages)
         settings = {"DATA_DIR": open_folder / "data", "POSTGRES_BIN": bin_folder}
     service = start(prefix=FEW_CAPABILITIES, **settings)
-    assert service.process.wait(timeout=30) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(service, f"cannot enter {folder}", "DAC_READ_SEARCH", f"chmod o+x {folder}")
     assert not settings["DATA_DIR"].exists()

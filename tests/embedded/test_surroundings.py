@@ -144,7 +144,7 @@ def test_a_user_without_a_passwd_entry_and_without_user_namespaces_fails_with_on
     os.chown(open_folder, UNKNOWN, UNKNOWN)
     unshare = {"x86_64": 272, "aarch64": 97}[os.uname().machine]  # Docker forbids this system call
     service = start(DATA_DIR=open_folder / "data", prefix=[*as_user(UNKNOWN), *REFUSING, str(unshare), "1"])
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(service, f"the user id {UNKNOWN} has no entry in /etc/passwd", "DATABASE_URL")
     assert not (open_folder / "data" / "postgres").exists()
 
@@ -167,7 +167,7 @@ def test_the_error_for_a_cluster_of_another_user_names_both_users(
     foreign.chmod(0o777)
     subprocess.run(["chown", "-R", f"{UNKNOWN}:{UNKNOWN}", foreign / "postgres"], check=True)
     by_root, by_nobody = start(DATA_DIR=copied), start(DATA_DIR=foreign, prefix=AS_USER)
-    assert [by_root.process.wait(timeout=60), by_nobody.process.wait(timeout=60)] == [3, 3]
+    assert [by_root.process.wait(timeout=120), by_nobody.process.wait(timeout=60)] == [3, 3]
     assert_failed_with_one_line(by_root, "belongs to root", f"chown -R {NOBODY}:{NOBODY} {copied}/postgres")
     assert_failed_with_one_line(by_nobody, f"the id {UNKNOWN}; it must belong to nobody (id {NOBODY})", "chown -R")
 
@@ -176,7 +176,7 @@ def test_the_error_for_a_cluster_of_another_user_names_both_users(
 def test_the_error_has_the_details_of_postgresql(data_dir: Path, start: Start) -> None:
     (data_dir / "postgres" / "PG_VERSION").write_text("12\n")
     service = start(DATA_DIR=data_dir)
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(
         service, "FATAL: ", "DETAIL: The data directory was initialized by PostgreSQL version 12"
     )
@@ -200,7 +200,7 @@ def test_a_disk_that_is_full_at_the_start_is_named(
     data_dir = open_folder / "data"
     mount = almost_full(data_dir, stopped_data_dir, room)
     service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False))
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(service, "No space left on device", str(data_dir))
 
 
@@ -281,7 +281,7 @@ def test_a_read_only_system_without_a_temporary_folder_uses_data_dir(open_folder
 def test_a_file_system_without_locks_is_rejected(error: int, tmp_path: Path, start: Start) -> None:
     call = FLOCK.get(os.uname().machine) or missing("the number of flock() on this machine is not known")
     service = start(DATA_DIR=tmp_path / "data", prefix=[*REFUSING, str(call), str(error)])
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(service, f"DATA_DIR {tmp_path}/data", "without file locks", "DATABASE_URL")
     assert not (tmp_path / "data").exists()
 
@@ -338,7 +338,7 @@ def test_a_failed_start_leaves_no_private_socket_folder(tmp_path: Path, stopped_
     temporary = Path(tempfile.mkdtemp(prefix="test-"))
     temporary.chmod(0o755)
     service = start(DATA_DIR=data_dir, TMPDIR=temporary)
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(service, "contains errors")
     assert [path for path in temporary.iterdir() if path.name.startswith("todo_api-")] == []
     shutil.rmtree(temporary)

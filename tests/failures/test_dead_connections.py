@@ -52,7 +52,7 @@ def test_the_first_request_after_a_restart_of_postgresql_succeeds(
     for _ in range(3):
         assert callable(end)
         end(postgres)
-        postgres.process.wait(timeout=60)
+        postgres.process.wait(timeout=120)
         postgres.start()
         assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED
         wait_until(lambda: connections(postgres) == 4)

@@ -132,7 +132,7 @@ def test_settings_of_the_url_the_environment_and_a_service_file_take_precedence(
 def test_the_error_for_a_proxy_that_rejects_options_names_database_pooler(postgres: Postgres, start: Start) -> None:
     relay = StrictRelay(postgres.conninfo)
     rejected = start(DATABASE_URL=as_url(relay.conninfo), DATABASE_POOLER=False)
-    assert rejected.process.wait(timeout=60) == 3
+    assert rejected.process.wait(timeout=120) == 3
     assert re.fullmatch("todo_api: .*DATABASE_POOLER=true.*\n", rejected.log())
     service = start(DATABASE_URL=as_url(relay.conninfo), DATABASE_POOLER=True).wait()
     assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED

@@ -224,7 +224,7 @@ def test_without_database_pooler_the_start_stops_with_one_line_that_names_it(
     with pgbouncer.running(postgres.conninfo, **settings) as bouncer:
         for _ in range(2):  # the first start must leave nothing on the pooler's connection to the server
             refused = start(DATABASE_URL=url(bouncer, postgres), DATABASE_POOLER=False)
-            assert refused.process.wait(timeout=60) != 0
+            assert refused.process.wait(timeout=120) != 0
             assert re.fullmatch("todo_api: .*DATABASE_POOLER=true.*\n", refused.log())
 
 
@@ -236,7 +236,7 @@ def test_migrations_are_applied_through_migration_database_url(postgres: Postgre
     with pgbouncer.running(make_conninfo(direct, user="app")) as bouncer:
         settings = {"DATABASE_URL": as_url(bouncer.in_front_of(direct)), "DATABASE_POOLER": True}
         refused = start(**settings)
-        assert refused.process.wait(timeout=60) != 0
+        assert refused.process.wait(timeout=120) != 0
         assert re.fullmatch("todo_api: .*permission denied.*MIGRATION_DATABASE_URL.*\n", refused.log())
         service = start(**settings, MIGRATION_DATABASE_URL=as_url(direct)).wait()
         assert service.client.post("/api/tasks", json={"title": "Buy milk"}).status_code == httpx.codes.CREATED

@@ -52,7 +52,7 @@ def flask(*arguments: str, **settings: object) -> subprocess.CompletedProcess[st
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
@@ -114,7 +114,7 @@ def test_a_server_that_psql_started_stops_when_the_terminal_is_closed(number: si
     process.send_signal(number)
     time.sleep(0.03)
     process.send_signal(number)  # as terminals and shells do
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
     assert servers_in(tmp_path) == []
@@ -128,7 +128,7 @@ def test_ctrl_c_cancels_the_statement_in_psql(data_dir: Path) -> None:
     with psycopg.connect(f"host={data_dir / 'postgres'} port=5432 user=todo dbname=todo", autocommit=True) as db:
         wait_until(lambda: db.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'").rowcount > 0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert "canceling statement due to user request" in errors
     assert "Traceback" not in errors
@@ -150,7 +150,7 @@ def test_psql_uses_database_url_and_has_no_password_in_its_arguments(tmp_path: P
     [child] = running()
     arguments, variables = child.cmdline(), child.environ()
     process.terminate()
-    process.wait(timeout=60)
+    process.wait(timeout=120)
     assert "h-u-s-h" not in " ".join(arguments)
     assert (variables["PGHOST"], variables["PGPASSWORD"]) == (str(data_dir / "postgres"), "h-u-s-h")
     assert not (tmp_path / "data").exists()

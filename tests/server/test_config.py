@@ -104,7 +104,7 @@ def run(project: Path, arguments: list[str], **variables: str) -> subprocess.Com
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
 
@@ -124,7 +124,7 @@ def test_an_invalid_value_stops_each_program_with_one_line_that_names_the_settin
         for program, arguments in programs.items()
     }
     for program, process in running.items():
-        errors = process.communicate(timeout=30)[1].decode()
+        errors = process.communicate(timeout=120)[1].decode()
         assert process.returncode not in {0, None}, program
         lines = [line for line in errors.splitlines() if line.startswith("todo_api: ")]
         assert len(lines) == 1, errors

@@ -58,7 +58,7 @@ def test_our_worker_ends_the_start_with_one_line_if_other_settings_name_it(
     options = ["--bind", f"127.0.0.1:{port}", "--worker-class", "todo_api.server.worker.Worker"]
     command = [sys.executable, "-m", "gunicorn", *options, "wsgi:app"]
     service = start(command=command, PORT=port, DATABASE_URL=database_url, PYTHONPATH=tmp_path)
-    assert service.process.wait(timeout=30) == 3
+    assert service.process.wait(timeout=120) == 3
     lines = [line for line in service.log().splitlines() if line.startswith("todo_api: ")]
     assert lines == [f"todo_api: {reason}: set worker_class to gthread"]
     assert "Traceback" not in service.log()

@@ -88,7 +88,7 @@ def test_the_docs_page_can_try_a_call_below_the_path(
 def test_a_url_outside_of_script_name_is_not_found(path: str, start: Start, database_url: str) -> None:
     service = start(DATABASE_URL=database_url, SCRIPT_NAME="/todo")
     wait_until(lambda: service.answers("/todo/healthz"))
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         head, _, body = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404 ")

@@ -75,7 +75,7 @@ def nginx(start: Start, tmp_path: Path, service: Service) -> Service:
 
 def send(nginx: Service, request: bytes) -> ssl.SSLSocket:
     """Send bytes over a new connection, which buffers little of a response that is not read."""
-    plain = socket.create_connection(("127.0.0.1", nginx.port), timeout=20)
+    plain = socket.create_connection(("127.0.0.1", nginx.port), timeout=60)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
     connection = tls(nginx).wrap_socket(plain, server_hostname="127.0.0.1")
     connection.sendall(request)

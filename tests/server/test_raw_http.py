@@ -20,7 +20,7 @@ CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
 def send(service: Service, request: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send bytes, close the sending side, and return the status, headers and body of the first response."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that sendall() waits for the server
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
@@ -150,7 +150,7 @@ def test_one_client_does_not_fill_the_log(database_url: str, start: Start) -> No
         b"GET /" + b"%07" * 2700 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         *[b"\x07" * 8000 + b"\r\n"] * 500,
     ]:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection, suppress(OSError):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection, suppress(OSError):
             connection.sendall(request)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(65_536):
@@ -161,7 +161,7 @@ def test_one_client_does_not_fill_the_log(database_url: str, start: Start) -> No
 @pytest.mark.parametrize("expect", [b"Expect: 100-continue", b"Expect:100-Continue", b"EXPECT:\t100-continue "])
 @pytest.mark.parametrize("framing", [b"Content-Length: 900000", b"Transfer-Encoding: chunked"])
 def test_expect_100_continue_is_answered_before_the_body(service: Service, framing: bytes, expect: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(POST + expect + b"\r\n" + framing + b"\r\n\r\n")
         answer = connection.recv(65_536)
         if framing.startswith(b"Content"):
@@ -174,7 +174,7 @@ def test_expect_100_continue_is_answered_before_the_body(service: Service, frami
 
 def test_an_old_client_gets_no_100_continue(service: Service) -> None:
     request = b"POST /api/tasks HTTP/1.0\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(request + b"Content-Length: 14\r\n\r\n")
         time.sleep(0.2)
         connection.sendall(SMALL)
@@ -234,7 +234,7 @@ def chunked(body: bytes) -> bytes:
 
 
 def test_a_chunked_request_keeps_its_connection_open(service: Service) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         for _ in range(3):
             connection.sendall(POST + CHUNKED + chunked(SMALL))
             response = connection.recv(65_536)
@@ -260,7 +260,7 @@ def test_a_response_announces_whether_its_connection_stays_open(
 
 def connection_state(service: Service, request: bytes) -> str:
     """Send a request, and a second one if the response keeps the connection. Return the state of the connection."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(request)
         with connection.makefile("rb") as responses:
             if b"Connection: close" in head_of(responses):

@@ -101,7 +101,7 @@ def test_a_port_in_use_stops_the_start_with_one_line(tmp_path: Path, data_dir: P
     with socket.create_server(("127.0.0.1", 0)) as other_program:
         ports = [service.port, other_program.getsockname()[1]]
         for rejected in [start(DATA_DIR=tmp_path / "data", PORT=port) for port in ports]:
-            assert rejected.process.wait(timeout=30) != 0
+            assert rejected.process.wait(timeout=120) != 0
             assert rejected.log().count("\n") == 1, rejected.log()
             assert "PORT" in rejected.log()
     assert not (tmp_path / "data").exists()
@@ -167,7 +167,7 @@ def test_too_few_open_files_stop_the_start_with_one_line(
     limit: int, threads: int, needed: int, tmp_path: Path, start: Start
 ) -> None:
     service = start(prefix=["prlimit", f"--nofile={limit}:{limit}"], WEB_THREADS=threads, DATA_DIR=tmp_path / "data")
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert service.log().count("\n") == 1
     line = f"may open {limit} files, and a worker with WEB_THREADS={threads} needs {needed}: raise the limit (ulimit -n"
     assert line in service.log()
@@ -187,11 +187,11 @@ def test_few_open_files_are_enough_for_fewer_clients(
     service = start(command=command, prefix=files, WEB_THREADS=threads, DATA_DIR=tmp_path / "data").wait()
     with ExitStack() as opened:
         for _ in range(16):
-            opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
+            opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=60))
         assert service.client.post("/api/tasks", json={"title": "x"}).status_code == httpx.codes.CREATED
     with ExitStack() as opened:
         clients = [
-            opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30)) for _ in range(150)
+            opened.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=60)) for _ in range(150)
         ]
         for client in clients:  # most of them have to wait until others are done
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
@@ -218,7 +218,7 @@ def test_an_option_that_cannot_work_stops_the_start_with_one_line(
     options: list[str], message: str, tmp_path: Path, start: Start
 ) -> None:
     service = start(command=[sys.executable, "wsgi.py", *options], DATA_DIR=tmp_path / "data")
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert re.fullmatch(f"todo_api: .*{message}\n", service.log())
     assert not (tmp_path / "data").exists()
 
@@ -235,7 +235,7 @@ def test_an_option_that_gunicorn_does_not_check_stops_the_start_with_one_line(
     option: str, message: str, database_url: str, start: Start
 ) -> None:
     service = start(command=[sys.executable, "wsgi.py", option], DATABASE_URL=database_url)
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     [line] = [line for line in service.log().splitlines() if not re.match(r"\d{4}-", line)]
     assert line.startswith("todo_api: ")
     assert message in line
@@ -274,7 +274,7 @@ def test_the_service_outlives_a_worker_that_cannot_be_replaced(database_url: str
 def test_threads_that_cannot_be_started_stop_the_start_with_a_line(database_url: str, start: Start) -> None:
     memory = ["prlimit", f"--as={1500 * 2**20}"]  # bytes; each thread reserves 8 MiB
     service = start(prefix=memory, WEB_THREADS=256, WEB_CONCURRENCY=1, DATABASE_URL=database_url)
-    assert service.process.wait(timeout=60) == 3
+    assert service.process.wait(timeout=120) == 3
     assert "todo_api: a worker cannot start its 256 threads" in service.log()
     assert "Traceback" not in service.log()
 
@@ -333,7 +333,7 @@ def test_concurrent_connections_are_distributed_among_the_workers(data_dir: Path
 
 def connections_per_worker(service: Service) -> list[int]:
     """Open concurrent connections and return how many of them each worker has."""
-    clients = [socket.create_connection(("127.0.0.1", service.port), timeout=30) for _ in range(CLIENTS)]
+    clients = [socket.create_connection(("127.0.0.1", service.port), timeout=60) for _ in range(CLIENTS)]
     for client in clients:
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
     assert all(client.recv(65_536).startswith(b"HTTP/1.1 200") for client in clients)
@@ -347,7 +347,7 @@ def test_silent_connections_do_not_delay_other_clients(data_dir: Path, start: St
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=1, WEB_THREADS=1).wait()
     with ExitStack() as silent:
         for _ in range(5):
-            silent.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=30))
+            silent.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=60))
         time.sleep(0.1)  # until the worker has accepted them
         assert httpx.get(f"{service.url}/healthz", timeout=10).is_success  # each would have kept the thread for 5 s
 
@@ -357,7 +357,7 @@ def test_a_client_that_never_pauses_does_not_block_other_clients(data_dir: Path,
     done = threading.Event()
 
     def send_requests() -> None:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
             assert client.recv(65_536).startswith(b"HTTP/1.1 200")
             while not done.is_set():
@@ -388,7 +388,7 @@ def test_pipelined_requests_are_answered_in_order(clients: int, data_dir: Path, 
     paths = [f"/nope/{number}" for number in range(30)]
 
     def send_requests(_: int) -> list[str]:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
             for path in paths:
                 client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
             client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
@@ -423,7 +423,7 @@ def test_a_request_that_raises_system_exit_affects_no_other_request(
 
 def test_a_response_arrives_in_one_piece(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir).wait()
-    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
         for _ in range(200):
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: todo\r\n\r\n")
             head, _, body = client.recv(65_536).partition(b"\r\n\r\n")
@@ -466,7 +466,7 @@ def test_ctrl_c_stops_all_processes_without_a_traceback(data_dir: Path, start: S
     wait_until(lambda: [len(workers(service.wait())) for service in services] == [2, 2])
     for service in services:
         os.killpg(service.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-        assert service.process.wait(timeout=30) == 0
+        assert service.process.wait(timeout=120) == 0
         assert "Traceback" not in service.log()
     assert servers_in(data_dir) == []
 
@@ -486,7 +486,7 @@ def test_gunicorn_with_other_settings_responds_to_malformed_requests_with_proble
 ) -> None:
     port = free_port()
     service = start(command=[*GUNICORN, "-b", f"127.0.0.1:{port}", "wsgi:app"], PORT=port, DATA_DIR=data_dir).wait()
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"GARBAGE\r\n\r\n")
         response = connection.recv(65_536)
     assert response.startswith(b"HTTP/1.1 400 ")

@@ -174,7 +174,7 @@ def test_a_database_newer_than_the_code_stops_the_start_with_one_line(
     postgres: Postgres, tmp_path: Path, start: Start
 ) -> None:
     service = start(DATABASE_URL=as_url(newer_database(postgres, "newer", tmp_path / "newer")), WEB_CONCURRENCY=2)
-    assert service.process.wait(timeout=30) == 3
+    assert service.process.wait(timeout=120) == 3
     assert re.fullmatch("todo_api: the database is ahead of this code: .* 9999.later, .*\n", service.log())
 
 

@@ -54,7 +54,7 @@ def embedded_conninfo(data_dir: Path) -> str:
 
 def connect(service: Service, data: bytes) -> socket.socket:
     """Open a connection, send data and return the connection."""
-    connection = socket.create_connection(("127.0.0.1", service.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", service.port), timeout=60)
     connection.sendall(data)
     return connection
 
@@ -79,7 +79,7 @@ def test_sigterm_answers_all_accepted_requests_and_exits_with_0(
         wait_until(lambda: crowd.statuses()[201] > 300)
         moment = time.monotonic()
         send_signal(service.process.pid, signal.SIGTERM)
-        assert service.process.wait(timeout=30) == 0
+        assert service.process.wait(timeout=120) == 0
         wait_until(lambda: crowd.outcomes(moment)["refused"] > 0)
     outcomes = crowd.outcomes(moment)
     figure(f"SIGTERM ({send_signal.__name__}): outcomes after the signal", str(dict(outcomes)))
@@ -103,7 +103,7 @@ def test_a_stopping_service_serves_open_connections_once_more_and_refuses_new_on
     busy.sendall(b': "Buy milk"}')
     assert b"201 CREATED" in busy.recv(65_536)
     busy.close()
-    assert service.process.wait(timeout=30) == 0
+    assert service.process.wait(timeout=120) == 0
 
 
 def accepts(service: Service) -> bool:
@@ -143,7 +143,7 @@ def test_ctrl_c_under_load_exits_with_0_and_loses_no_acknowledged_write(
     with Crowd(service, 24, KINDS) as crowd:
         wait_until(lambda: crowd.statuses()[201] > 300)
         os.killpg(service.process.pid, signal.SIGINT)
-        assert service.process.wait(timeout=30) == 0
+        assert service.process.wait(timeout=120) == 0
     crowd.assert_nothing_lost(postgres.conninfo)
 
 
@@ -214,6 +214,6 @@ def test_signals_in_quick_succession_end_in_a_clean_stop(begin: Callable[..., Se
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             service.process.send_signal(number)
             time.sleep(0.05)
-        assert service.process.wait(timeout=30) == 0
+        assert service.process.wait(timeout=120) == 0
     assert set(crowd.statuses()) == {200, 201}
     crowd.assert_nothing_lost(postgres.conninfo)

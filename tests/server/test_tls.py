@@ -106,7 +106,7 @@ def test_the_error_for_a_psql_without_tls_is_one_line(broken_psql: Path, rest: s
         env=environment(DATABASE_URL=f"postgresql://todo:h-u-s-h@127.0.0.1:1/todo?{rest}", PATH=broken_psql),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)

@@ -35,4 +35,4 @@ def stop(service: Service) -> int:
     [first] = psutil.Process(service.process.pid).children()
     service.client.close()
     first.terminate()
-    return service.process.wait(timeout=60)
+    return service.process.wait(timeout=120)

@@ -83,7 +83,7 @@ class PgBouncer:
     def kill(self) -> None:
         """Kill PgBouncer with SIGKILL."""
         self.process.kill()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=120)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Postgres:
     def kill(self) -> None:
         """End the server as a crash does, with PostgreSQL's immediate shutdown."""
         self.process.send_signal(signal.SIGQUIT)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=120)
 
     def stop(self) -> None:
         """Shut the server down."""

@@ -82,7 +82,7 @@ class Server(Postgres):
     def crash(self) -> None:
         """Kill all processes of the server with SIGKILL."""
         self.send(signal.SIGKILL)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=120)
 
 
 class Pair:

@@ -39,7 +39,7 @@ class Service:
                 start_new_session=True,
             )
         self.processor_waits = ProcessorWaits(self.process.pid)
-        self.client = httpx.Client(base_url=self.url, timeout=30, verify=False)
+        self.client = httpx.Client(base_url=self.url, timeout=60, verify=False)
 
     def log(self) -> str:
         """Return the log so far."""
@@ -79,13 +79,13 @@ class Service:
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=120)
 
     def kill(self) -> None:
         """Kill the process group with SIGKILL: the master and its workers."""
         self.client.close()
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=120)
 
 
 def workers(service: Service) -> list[psutil.Process]:
