@@ -35,7 +35,9 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         except config.StartError as error:
             startup.fail(error)
         if database.asks_for_tls(conninfo) and not embedded.has_tls(program):
-            startup.fail("DATABASE_URL requires TLS, which the bundled psql lacks: install the psql of your system")
+            startup.fail(
+                f"DATABASE_URL requires TLS, which {program} does not support: install the psql of your system"
+            )
         config.set_libpq_variables(variables)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for psql, which cancels its statement
         raise SystemExit(subprocess.call([program, *(["-d", rest] if rest else []), *arguments]))

@@ -161,7 +161,7 @@ def _check_text(text: str) -> None:
 
 
 def _forget_other_dotenv() -> None:
-    """Remove what the command ``flask`` has read from the .env of another project.
+    """Remove the variables that the command ``flask`` has read from the .env of another project.
 
     Before it imports the application, it reads .env and .flaskenv in the current folder or the nearest parent folder
     that has them. No setting in a file prevents that.
@@ -181,7 +181,7 @@ def _forget_other_dotenv() -> None:
             del os.environ[name]
 
 
-# Where distributions keep the certificates that they trust: Debian, Fedora, openSUSE, Alpine.
+# The files in which distributions keep the certificates that they trust: Debian, Fedora, openSUSE, Alpine.
 _CERTIFICATES = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -193,7 +193,7 @@ _CERTIFICATES = [
 def _use_system_certificates() -> None:
     """Set SSL_CERT_FILE, if it is not set, so that sslrootcert=system works.
 
-    The OpenSSL in psycopg's package looks for the system's certificates where no distribution has them.
+    The OpenSSL in psycopg's package looks for the system's certificates in a folder that no distribution uses.
     """
     if not os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"}:
         known = [ssl.get_default_verify_paths().cafile or "", *_CERTIFICATES]

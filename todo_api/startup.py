@@ -1,4 +1,4 @@
-"""Prepares what the first request needs: valid settings, and a running PostgreSQL with its migrations applied."""
+"""Prepares the settings and the database for the first request: a running PostgreSQL with its migrations applied."""
 
 import fcntl
 import logging
@@ -15,7 +15,9 @@ from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
 
-_WAKE_TIMEOUT = 30  # seconds
+# Seconds for which flask migrate repeats an attempt to connect that times out. A start does not repeat it.
+# _CONNECT_TIMEOUTS in database/connection.py limits each attempt.
+_MIGRATE_TIMEOUT = 30
 
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
@@ -61,7 +63,7 @@ def _ensure_temporary_folder(settings: Settings) -> None:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         if settings.database_url:
-            raise StartError("no temporary folder is writable: set TMPDIR to a folder that is") from error
+            raise StartError("no temporary folder is writable: set TMPDIR to a writable folder") from error
         tempfile.tempdir = str(embedded.temporary_folder(settings.data_dir))
 
 
@@ -122,7 +124,7 @@ def _check_connection_limit(settings: Settings, conninfo: str) -> None:
     needed = settings.web_concurrency * settings.web_threads
     if needed > (limit := database.connection_limit(conninfo)):
         log.warning(
-            "%d workers of %d threads need %d database connections, but the server allows %d: "
+            "%d workers with %d threads each need %d database connections, but the server allows %d: "
             "lower WEB_CONCURRENCY or WEB_THREADS, or raise the server's limit",
             *(settings.web_concurrency, settings.web_threads, needed, limit),
         )
@@ -136,7 +138,7 @@ def prepare_patiently(settings: Settings) -> None:
         UnavailableError: the database cannot be reached.
 
     """
-    deadline = time.monotonic() + _WAKE_TIMEOUT
+    deadline = time.monotonic() + _MIGRATE_TIMEOUT
     while True:
         try:
             prepare(settings)

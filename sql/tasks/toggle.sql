@@ -1,4 +1,4 @@
--- Flips completed of a task, and returns the task.
+-- Flips the field completed of a task, and returns the task.
 -- Returns no row if the user has no such task, or if its version is not in if_match.
 --
 -- task_id   bigint    the id of the task

@@ -84,7 +84,7 @@ def test_a_bug_returns_500_and_only_the_log_has_its_traceback(broken_service: Se
     assert problem["instance"] == "/api/tasks"
     assert response.headers["X-Request-ID"] == "find-me-in-the-log"
     log = broken_service.log()
-    assert "Traceback" in log
+    assert "Exception on POST /api/tasks find-me-in-the-log\nTraceback" in log
     assert "RaiseException" in log
     assert "POST /api/tasks 500" in log
 

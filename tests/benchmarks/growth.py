@@ -20,7 +20,7 @@ SIZES = {
     "10 000": (1, 10_000),
     "100 000": (1, 100_000),
     "1 000 000": (1, 1_000_000),
-    "10 000 users of 100": (10_000, 100),
+    "10 000 users with 100 tasks each": (10_000, 100),
 }
 FILL = """
     INSERT INTO tasks (user_id, title, description, completed, created_at)

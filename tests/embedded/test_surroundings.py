@@ -169,7 +169,8 @@ def test_the_error_for_a_cluster_of_another_user_names_both_users(
     by_root, by_nobody = start(DATA_DIR=copied), start(DATA_DIR=foreign, prefix=AS_USER)
     assert [by_root.process.wait(timeout=120), by_nobody.process.wait(timeout=60)] == [3, 3]
     assert_failed_with_one_line(by_root, "belongs to root", f"chown -R {NOBODY}:{NOBODY} {copied}/postgres")
-    assert_failed_with_one_line(by_nobody, f"the id {UNKNOWN}; it must belong to nobody (id {NOBODY})", "chown -R")
+    users = f"belongs to the user id {UNKNOWN}; it must belong to the user nobody (id {NOBODY}), who runs the service"
+    assert_failed_with_one_line(by_nobody, users, "chown -R")
 
 
 @as_root

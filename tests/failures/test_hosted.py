@@ -165,5 +165,6 @@ def test_a_start_logs_how_many_connections_it_needs_if_the_server_allows_fewer(
     assert fitting.stop() == 0
     command = [sys.executable, "wsgi.py", "--threads", "3"]
     service = start(DATABASE_URL=url, DATABASE_POOLER=False, WEB_CONCURRENCY=2, command=command).wait()
-    assert service.log().count("2 workers of 3 threads need 6 database connections, but the server allows 5: ") == 1
+    warning = "2 workers with 3 threads each need 6 database connections, but the server allows 5: "
+    assert service.log().count(warning) == 1
     assert service.stop() == 0

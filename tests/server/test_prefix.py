@@ -44,7 +44,8 @@ def start_below(start: Start, folder: Path, setting: str, prefix: str, database_
 def test_every_url_of_a_response_begins_with_the_path(
     setting: str, prefix: str, start: Start, tmp_path: Path, database_url: str
 ) -> None:
-    _, nginx = start_below(start, tmp_path, setting, prefix, database_url)
+    service, nginx = start_below(start, tmp_path, setting, prefix, database_url)
+    assert f"its docs at {prefix}/docs, with" in service.log()
     client, tasks = nginx.client, f"{prefix}/api/tasks"
     created = [client.post(tasks, json={"title": "Buy milk"}) for _ in range(2)]
     locations = [response.headers["Location"] for response in created]

@@ -45,7 +45,7 @@ CLIENTS = 32
 def test_python_wsgi_py_becomes_gunicorn_with_the_same_process_id(data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, WEB_CONCURRENCY=2).wait()
     wait_until(lambda: len(workers(service)) == 2)
-    assert "with 2 workers of 4 threads" in service.log()
+    assert "with 2 workers (4 threads each)" in service.log()
     assert service.client.get("/healthz").headers["Server"] == "gunicorn"
 
 
@@ -77,7 +77,7 @@ def test_arguments_of_wsgi_py_are_passed_to_gunicorn(data_dir: Path, start: Star
         service = start(command=command, PORT=taken.getsockname()[1], DATA_DIR=data_dir)
         service.client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
         service.wait()
-    assert f"serving http://127.0.0.1:{port}, its docs at /docs, with 1 workers of 3 threads" in service.log()
+    assert f"serving http://127.0.0.1:{port}, its docs at /docs, with 1 workers (3 threads each)" in service.log()
 
 
 def test_the_working_directory_does_not_matter(tmp_path: Path, start: Start) -> None:

@@ -110,4 +110,5 @@ def test_the_error_for_a_psql_without_tls_is_one_line(broken_psql: Path, rest: s
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
-    assert done.stderr.startswith("todo_api: DATABASE_URL requires TLS, which the bundled psql lacks")
+    bundled = programs.find(None).folder / "psql"
+    assert done.stderr.startswith(f"todo_api: DATABASE_URL requires TLS, which {bundled} does not support: install")

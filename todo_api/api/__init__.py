@@ -1,1 +1,1 @@
-"""The HTTP API. This package knows no psycopg, no gunicorn and no SQL."""
+"""The HTTP API. This package imports neither psycopg nor gunicorn, and contains no SQL."""

@@ -8,7 +8,7 @@ from flask.sessions import NullSession, SessionInterface
 from werkzeug.exceptions import BadRequest, NotFound
 from werkzeug.routing import MapAdapter
 
-from todo_api.api.middleware import loggable
+from todo_api.api.middleware import REQUEST_ID, loggable
 
 
 class NoSessions(SessionInterface):
@@ -32,8 +32,10 @@ class Application(Flask):
         return func
 
     def log_exception(self, exc_info: Any) -> None:
-        """Log a bug, in a line of limited length."""
-        self.logger.error("Exception on %s %s", request.method, loggable(request.path), exc_info=exc_info)
+        """Log a bug: a line of limited length with the id of the request, and the traceback."""
+        request_id = request.environ.get(REQUEST_ID)
+        path = loggable(request.path)
+        self.logger.error("Exception on %s %s %s", request.method, path, request_id, exc_info=exc_info)
 
     def make_default_options_response(self) -> Response:
         """Return the response to an OPTIONS request. It has no body, so it has no Content-Type."""

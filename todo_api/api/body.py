@@ -42,7 +42,7 @@ def read(environ: "WSGIEnvironment", limit: int) -> bytes:
     Raises:
         RequestEntityTooLarge: the body is larger than the limit.
         MalformedRequest: the body is incomplete.
-        NotImplemented: the body has another transfer coding than chunked.
+        NotImplemented: the body has a transfer coding other than chunked.
 
     """
     length = _content_length(environ)
@@ -79,7 +79,7 @@ def json_object() -> dict[str, Any]:
 
     """
     if not g.body:
-        raise MalformedRequest("The request has no body; it must be a JSON object")
+        raise MalformedRequest("The request must have a body: a JSON object")
     accepted = [JSON, MERGE_PATCH] if request.method == "PATCH" else [JSON]
     mimetype, _ = parse_options_header(request.environ.get("CONTENT_TYPE"))
     encoding = request.environ.get("HTTP_CONTENT_ENCODING", "").lower()
@@ -96,7 +96,7 @@ def parse(data: bytes) -> Any:
 
     Raises:
         MalformedRequest: the text is not JSON in UTF-8, it is nested too deeply, it contains NaN or Infinity, an object
-            has a name twice, or a string contains a NUL or a lone surrogate.
+            has a duplicate name, or a string contains a NUL or a lone surrogate.
 
     """
     try:
@@ -133,7 +133,7 @@ def _strings(value: Any) -> Iterator[str]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise MalformedRequest("An object in the body has a name twice")
+        raise MalformedRequest("An object in the body has a duplicate name")
     return value
 
 

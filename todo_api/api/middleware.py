@@ -17,6 +17,7 @@ log = logging.getLogger("todo_api.access")
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 
 
+REQUEST_ID = "todo_api.request_id"  # the key of a request's id in its WSGI environment
 _PATH_LENGTH = 200  # characters in the log
 
 
@@ -57,7 +58,7 @@ class RequestLog:
         """Return the response of the application. The id is the client's X-Request-ID if that is valid."""
         started = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        request_id = given if _VALID_ID.fullmatch(given) else os.urandom(16).hex()
+        request_id = environ[REQUEST_ID] = given if _VALID_ID.fullmatch(given) else os.urandom(16).hex()
 
         def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
             path = loggable((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1"))

@@ -82,7 +82,7 @@ LIST_ETAG = {
     "example": 'W/"5d1c2f0a9b3e4d7c8a6f1e2b3c4d5e6f-"',
 }
 
-# Names of responses. The other responses are named by the types of their problems.
+# Names of responses. The other responses are named after the types of their problems.
 INVALID_QUERY = "invalid_query"
 INVALID_BODY = "invalid_body"
 UNSUPPORTED_PATCH = "unsupported_patch"

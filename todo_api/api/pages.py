@@ -12,7 +12,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def split_page(tasks: bytes) -> tuple[bytes, str]:
-    """Return an array of tasks without its last task, and the cursor of the next page: the last task of this one."""
+    """Return an array of tasks without its last one, and the cursor of the next page.
+
+    The removed task only shows that there is a next page. The cursor names the last task that remains.
+    """
     page = tasks[: tasks.rindex(SEPARATOR)]
     last = json.loads(page[1:].rpartition(SEPARATOR)[2])
     microseconds = (datetime.fromisoformat(last["created_at"]) - _EPOCH) // timedelta(microseconds=1)

@@ -146,7 +146,8 @@ def _at_most(limit: str) -> str:
     return "|".join([f"[0-9]{{1,{rest}}}", *smaller, limit])
 
 
-# The microseconds since 1970 and the id of a task. PostgreSQL supports all times of so many digits (1200 BC to 33658).
+# The microseconds since 1970 and the id of a task. PostgreSQL supports all times with this number of digits (1200 BC to
+# 33658).
 _CURSOR = f"(-?[0-9]{{1,17}}|[0-9]{{18}})_({_at_most(str(2**63 - 1))})"
 
 
@@ -190,7 +191,7 @@ class TaskQuery(Schema):
     )
     q = fields.String(
         validate=[
-            validate.Length(max=MAX_Q_LENGTH, error="Q exceeds maximum length of {max} characters"),
+            validate.Length(max=MAX_Q_LENGTH, error="The parameter q must have at most {max} characters"),
             _check_text,
         ],
         metadata={

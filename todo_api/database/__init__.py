@@ -1,6 +1,7 @@
 """Runs the statements of sql/ by their names, through a pool of connections to one PostgreSQL.
 
-This package knows no Flask, no gunicorn and no HTTP. Other packages use only the names in ``__all__``.
+This package imports neither Flask nor gunicorn, and does not deal with HTTP. Other packages use only the names in
+``__all__``.
 """
 
 import logging
@@ -12,7 +13,7 @@ import psycopg
 
 from todo_api.database import statements
 from todo_api.database.connection import connection_limit, has_session_settings
-from todo_api.database.errors import InvalidValueError, SilentError, UnavailableError, is_unprepared, translated
+from todo_api.database.errors import InvalidValueError, SilentError, UnavailableError, is_schema_error, translated
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
 from todo_api.database.statements import SEPARATOR
@@ -52,7 +53,7 @@ class Database:
 
         """
         self._statements = statements.load()
-        self._unprepared: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
+        self._missing: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
         self.pool = Pool(get_conninfo, connections, pooler=pooler)
         _databases.add(self)
 
@@ -92,23 +93,25 @@ class Database:
         except psycopg.Error as error:
             if (known := translated(error)) is error:
                 raise  # a bug
-            if is_unprepared(error):
-                self._record_unprepared(name, str(error).partition("\n")[0])
+            if is_schema_error(error):
+                self._record_missing(name, str(error).partition("\n")[0])
             else:
                 # The error message is not logged, because it may contain data of a user.
                 log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)
             raise known from error
-        if self._unprepared.pop(name, None):
+        if self._missing.pop(name, None):
             log.warning("%s: the statement works again", name)
         return row
 
-    def _record_unprepared(self, name: str, reason: str) -> None:
+    def _record_missing(self, name: str, reason: str) -> None:
         """Record what the database lacks for a statement, and log each reason once. A reason contains names only."""
-        if reason not in self._unprepared.values():
+        if reason not in self._missing.values():
             log.error(
-                "%s: the database is not as the migrations left it; statements fail until it is: %s", name, reason
+                "%s: the database lacks an object that the migrations created, or the role may not use it; "
+                "statements fail until that is repaired: %s",
+                *(name, reason),
             )
-        self._unprepared[name] = reason
+        self._missing[name] = reason
 
 
 def fill_pools(threads: int) -> None:

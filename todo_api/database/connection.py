@@ -145,8 +145,8 @@ class Connection(NetworkConnection):
     def has_ended(self) -> bool:
         """Return whether this idle connection is closed. The socket is readable if the server has closed it.
 
-        psycopg's own check asks the server, which costs a round trip for each statement. After a restart of the server
-        it waits for seconds between two dead connections.
+        psycopg's own check asks the server, which costs a round trip for each statement. After a restart of the server,
+        psycopg's pool waits for seconds between two dead connections.
         """
         return self.closed or bool(self._readable.poll(0))
 

@@ -15,9 +15,9 @@ class InvalidValueError(Exception):
     """A parameter has a value that no column can hold."""
 
 
-# The database lacks what the migrations made, or the right to use it. That happens if somebody drops, renames or
-# restores tables while the service runs.
-_UNPREPARED = (
+# The database lacks an object that the migrations created, or the role may not use it. That happens if somebody drops,
+# renames or restores tables while the service runs.
+_SCHEMA_ERRORS = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.UndefinedColumn,
     psycopg.errors.UndefinedFunction,
@@ -29,7 +29,7 @@ _UNPREPARED = (
 _TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidValueError]]] = [
     (psycopg.OperationalError, UnavailableError),  # down, restarting, out of connections, timed out, deadlocks
     (psycopg.errors.ReadOnlySqlTransaction, UnavailableError),  # 25006: a standby, during a failover
-    *((error, UnavailableError) for error in _UNPREPARED),
+    *((error, UnavailableError) for error in _SCHEMA_ERRORS),
     (psycopg.DataError, InvalidValueError),  # class 22
 ]
 
@@ -48,6 +48,6 @@ def translated(error: psycopg.Error) -> Exception:
     return error
 
 
-def is_unprepared(error: psycopg.Error) -> bool:
-    """Return whether the database lacks something that a statement needs, although the migrations were applied."""
-    return isinstance(error, _UNPREPARED)
+def is_schema_error(error: psycopg.Error) -> bool:
+    """Return whether the database lacks an object that the migrations created, or the role may not use it."""
+    return isinstance(error, _SCHEMA_ERRORS)

@@ -92,7 +92,7 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
     except psycopg.errors.InsufficientPrivilege as error:
         raise StartError(
             f"the migrations cannot be applied: {_first_line(error)}: let the role create tables (GRANT CREATE ON "
-            "SCHEMA), or set MIGRATION_DATABASE_URL to a role that may"
+            "SCHEMA), or set MIGRATION_DATABASE_URL to a URL with a role that may create tables"
         ) from error
     except psycopg.Error as error:
         raise StartError(f"the migrations cannot be applied: {_first_line(error)}") from error
@@ -105,7 +105,7 @@ def _first_line(error: psycopg.Error) -> str:
 def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
-        raise StartError(f"the database's encoding is {encoding}; it must be UTF8, to store any text")
+        raise StartError(f"the database's encoding is {encoding}; it must be UTF8, so that it can store all text")
 
 
 def _read(folder: Path) -> MigrationList:

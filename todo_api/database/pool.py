@@ -17,7 +17,7 @@ _POLL = 0.01  # seconds between two checks for an outage
 # psycopg's pool keeps each call that timed out until it has a connection again. This limits how many it keeps.
 _MAX_WAITING = 100
 _FILL_TIMEOUT = 2  # seconds; during a reload, the old workers serve meanwhile
-# A statement may be silent because it works for long, such as a search through a million tasks. So after every two
+# A statement may be silent because it takes a long time, such as a search through a million tasks. So after every two
 # intervals of 140 ms, another connection asks the server about it. If the server does not respond there either, the
 # statement fails after 0.7 s. If the statement waits for a lock or a standby, it is cancelled.
 _INTERVALS_TO_ASK = 2

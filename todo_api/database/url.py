@@ -83,7 +83,8 @@ def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
     parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
     if shown := sorted(_SECRETS & parts.keys() - names.keys()):
         raise StartError(
-            f"{shown[0]} of DATABASE_URL would be visible to other users of the machine: call psql yourself"
+            f"flask psql cannot pass {shown[0]} of DATABASE_URL to psql without showing it to other users of the "
+            "machine: run psql with a service file"
         )
     variables = {names[name].decode(): value for name, value in parts.items() if name in names}
     return variables, make_conninfo("", **{name: value for name, value in parts.items() if name not in names})

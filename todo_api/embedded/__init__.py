@@ -41,13 +41,14 @@ _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have
 # The keys are the values of DATA_DIR, not resolved:
 _users: dict[Path, int] = {}  # the file descriptor of this process's lock on users.lock
 _servers: dict[Path, locks.ServerLock] = {}  # the server, even if the folder is moved or deleted
-_served: set[Path] = set()  # their server was used by this process, or by the one that it was forked from
+_served: set[Path] = set()  # folders whose server this process, or its parent, has used
 
 
 def start(data_dir: Path, postgres_bin: Path | None = None, connections: int = 100) -> str:
     """Start the server if it is not running, and return its connection string.
 
-    The server stops when the last process that uses it exits. If it is started here, it allows ``connections``.
+    The server stops when the last process that uses it exits. If it is started here, it accepts up to
+    ``connections`` connections.
 
     Raises:
         StartError: the server cannot be started.
@@ -88,7 +89,7 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
 
 @contextmanager
 def _start_lock(data_dir: Path) -> Iterator[int]:
-    """Hold the lock with which one process at a time starts or stops the server; yields its file descriptor."""
+    """Hold the lock with which one process at a time starts or stops the server, and yield its file descriptor."""
     began = time.monotonic()
     is_logged = False
     while (lock := _take_at_once(data_dir / "start.lock")) is None:
@@ -132,7 +133,7 @@ def _create_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        # Whatever the umask is: if root starts the service, the server's user has to enter the folder.
+        # chmod ignores the umask. If root starts the service, the server's user has to enter the folder.
         path.chmod(0o711 if socket_folder.is_root() else 0o700)
 
 
@@ -173,7 +174,7 @@ def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
 
 
 def _abandon(setting: Path) -> None:
-    """End the server of a lost folder: what it writes is lost, or damages a copy that has replaced the folder."""
+    """End the server of a lost folder: its writes are lost, or damage a copy that has replaced the folder."""
     if lock := _servers.pop(setting, None):
         clusters.abandon(lock)
         lock.close()
@@ -237,8 +238,8 @@ def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | No
     while True:
         held = lock.is_held()
         postmasters = clusters.postmasters(cluster, lock)
-        # If the server is not found, postmaster.pid is not used: this folder may be a copy, and the file may name the
-        # socket of the original's server. The socket in this folder is tried even then, because the server may run in
+        # If no process of the server is visible, postmaster.pid is not trusted: the folder may be a copy, and the file
+        # may name the original's socket. The socket in this folder is tried instead, because the server may run in
         # another container.
         folder = socket_folder.recorded(cluster)
         if not folder or not (postmasters or (held and socket_folder.is_private(folder, cluster))):
@@ -307,8 +308,8 @@ def _ensure_database(conninfo: str, found: Programs) -> None:
         psycopg.connect(conninfo).close()
     except psycopg.OperationalError:
         server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
-        # libpq does not tell why it could not connect, so the server is asked for its databases. If that fails too, the
-        # next attempt to connect shows the reason.
+        # libpq reports no SQLSTATE for a failed connection, so the server is asked for its databases. If that fails,
+        # the next attempt to connect shows the reason.
         listed = found.run("psql", *server, "--no-psqlrc", "-Atl", "-d", "postgres", may_fail=True)
         if not listed or re.search(rf"(?m)^{_NAME}\|", listed):
             return

@@ -23,10 +23,11 @@ from todo_api.embedded.programs import ENVIRONMENT, Programs
 
 log = logging.getLogger(__name__)
 
-# The user and group id of "nobody", which own no files. PostgreSQL does not run as root, so root runs it as this user.
+# The user and group id of the user "nobody". Root runs initdb as this user.
 _NOBODY = 65534
-# Root's clusters belong to the first of these user ids that has no entry in /etc/passwd. No other process has it, so
-# only root can open the server's socket. initdb opens no socket, and needs a user with an entry: it runs as nobody.
+# Root's clusters belong to the first of these user ids that has no entry in /etc/passwd, and the server runs as this
+# user. No other process does, so only root can open the server's socket. initdb opens no socket, and needs a user with
+# an entry: it runs as nobody.
 _OWN_USERS = range(58_432, 58_000, -1)
 _STOP_TIMEOUT = 60  # seconds
 _FIRST_WITH_BUILTIN_LOCALES = 17  # a major version of PostgreSQL
@@ -58,7 +59,7 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
     if fresh.exists():
         shutil.rmtree(fresh)
     fresh.mkdir()
-    fresh.chmod(0o700)  # whatever the umask is
+    fresh.chmod(0o700)  # chmod ignores the umask
     if socket_folder.is_root():
         os.chown(fresh, _NOBODY, _NOBODY)
     log.info("creating a new PostgreSQL cluster in %s", cluster)
@@ -82,16 +83,17 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
 
 
 def take_from_nobody(cluster: Path) -> None:
-    """Give root's cluster, whose server does not run, to a user that no other process has.
+    """Give root's cluster, whose server does not run, to a user id that no other process runs as.
 
-    An earlier version left clusters with nobody. If the file system does not allow the change, this logs a warning.
+    An earlier version created clusters that belong to the user ``nobody``. If the file system does not allow the
+    change, this logs a warning.
     """
     if not socket_folder.is_root() or cluster.stat().st_uid != _NOBODY:
         return
     user = next(user for user in _OWN_USERS if not _has_entry(user))
     try:
-        # A link may lead to pg_wal or to a tablespace. But a process of nobody may have made one that leads to files of
-        # others, so these are left alone.
+        # Links are followed, because pg_wal and tablespaces may be links. A process of the user nobody may have linked
+        # to another user's files, so folders of other users are skipped.
         for _, folders, files, descriptor in os.fwalk(cluster, follow_symlinks=True):
             if os.fstat(descriptor).st_uid not in {_NOBODY, user}:
                 folders.clear()
@@ -103,7 +105,10 @@ def take_from_nobody(cluster: Path) -> None:
                 os.fchown(descriptor, user, user)
         os.chown(cluster, user, user)  # last, so that the next start continues if this one is killed
     except OSError as error:
-        log.warning("%s stays with the user nobody, whose processes can all use this PostgreSQL: %s", cluster, error)
+        log.warning(
+            "%s still belongs to the user nobody, and every process of that user can use this PostgreSQL: %s",
+            *(cluster, error),
+        )
 
 
 def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 100) -> subprocess.Popen[bytes]:
@@ -251,8 +256,8 @@ def as_owner(cluster: Path, programs: Programs) -> list[str]:
     if not socket_folder.is_root():
         if owner and owner.st_uid != os.geteuid():
             raise StartError(
-                f"{cluster} belongs to the user {_name(owner.st_uid)}; it must belong to {_name(os.geteuid())}, who "
-                f"runs the service: chown -R {os.geteuid()} {data_dir}"
+                f"{cluster} belongs to the user {_name(owner.st_uid)}; it must belong to the user "
+                f"{_name(os.geteuid())}, who runs the service: chown -R {os.geteuid()} {data_dir}"
             )
         return []
     if owner and not owner.st_uid:
@@ -269,11 +274,12 @@ def as_owner(cluster: Path, programs: Programs) -> list[str]:
         # A parent folder, such as /root, is closed to other users. The process gets a capability to read files and
         # search folders, but not to write. The alternative would be to open the folder to all users.
         if not _has_search_capability():
+            is_of_data = closed[-1] in cluster.parents
+            move = "set DATA_DIR to another folder" if is_of_data else "install PostgreSQL elsewhere"
             raise StartError(
                 f"PostgreSQL runs as the user {_name(user)}, who cannot enter {closed[-1]}, and root lacks the "
-                f"capability DAC_READ_SEARCH to let it: run chmod o+x {closed[-1]}, or "
-                + ("set DATA_DIR to another folder" if closed[-1] in cluster.parents else "install it elsewhere")
-                + ", or add the capability"
+                f"capability DAC_READ_SEARCH, which would allow that: run chmod o+x {closed[-1]}, {move}, or add the "
+                "capability"
             )
         command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
         command += ["--securebits=+no_setuid_fixup"]  # makes access(2), which initdb calls, respect the capability
@@ -313,8 +319,8 @@ def _as_known_user(before: list[str]) -> list[str]:
         subprocess.run([*before, *prefix, "true"], env=ENVIRONMENT, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise StartError(
-            f"the user id {user} has no entry in /etc/passwd, and initdb needs one to create a cluster: add it, run "
-            "the service as another user, or set DATABASE_URL"
+            f"the user id {user} has no entry in /etc/passwd, and initdb needs one to create a cluster: add an entry, "
+            "run the service as another user, or set DATABASE_URL"
         ) from error
     return prefix
 
@@ -328,7 +334,10 @@ def _has_entry(user: int) -> bool:
 
 
 def _restrict(cluster: Path) -> None:
-    """Remove the permissions of other users. Kubernetes' fsGroup, for example, adds some to all folders of a volume."""
+    """Remove the permissions of the group and of other users.
+
+    Kubernetes' fsGroup, for example, adds some to all folders of a volume.
+    """
     if stat.S_IMODE(cluster.stat().st_mode) & _GROUP_OR_OTHERS:
         cluster.chmod(0o700)
 
@@ -342,4 +351,4 @@ def _new_log(cluster: Path) -> BinaryIO:
 
 
 def _name(user: int) -> str:
-    return f"{pwd.getpwuid(user).pw_name} (id {user})" if _has_entry(user) else f"with the id {user}"
+    return f"{pwd.getpwuid(user).pw_name} (id {user})" if _has_entry(user) else f"id {user}"

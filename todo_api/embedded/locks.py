@@ -47,7 +47,7 @@ def take(path: Path, kind: int) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open a lock file, without locking it; yields the file descriptor."""
+    """Open a lock file without locking it, and yield the file descriptor."""
     descriptor = _open(path)
     try:
         yield descriptor
@@ -90,7 +90,7 @@ class ServerLock:
             return None
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))
-            if process.status() != psutil.STATUS_ZOMBIE:  # in a container no parent may reap it
+            if process.status() != psutil.STATUS_ZOMBIE:  # in a container there may be no parent that reaps it
                 return process
         return None
 
@@ -115,7 +115,7 @@ def record(descriptor: int, pid: int) -> None:
 
 
 def _identity(pid: int) -> str:
-    """Return what identifies a process: its id, its start (in clock ticks) and the namespace of its id.
+    """Return the identity of a process: its id, its start (in clock ticks) and the namespace of its id.
 
     All users can read these. To read the working directory of another user's process, root needs a capability that it
     lacks in a container.

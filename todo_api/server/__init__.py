@@ -18,7 +18,8 @@ def run() -> NoReturn:
     """Run gunicorn with our settings until it exits. The program's arguments are gunicorn's and take precedence."""
     if sys.argv[1:4] != _ARGUMENTS:  # on SIGUSR2, gunicorn runs this program again with all its arguments
         sys.argv[1:1] = _ARGUMENTS
-    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # from the project's folder
+    # Absolute, because gunicorn changes to the project's folder, and runs this path again on SIGUSR2.
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())
     try:
         sys.exit(wsgiapp.run(prog="gunicorn"))
     except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:  # gunicorn lets some of them pass

@@ -24,7 +24,7 @@ class ClientSocket(socket.socket):
         return sum(map(len, self._unsent))
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send data, or keep what the client does not read within a tenth of a second."""
+        """Send data, and keep the rest that the client does not read within a tenth of a second."""
         rest = memoryview(data)
         if not self._unsent:
             rest = rest[self._send(rest, flags) :]
@@ -43,7 +43,7 @@ class ClientSocket(socket.socket):
         return rest
 
     def send_more(self) -> int:
-        """Send a part of what is kept, without waiting, and return how many bytes the connection has taken."""
+        """Send a part of the unsent data, without waiting, and return how many bytes the connection has taken."""
         sent = self._send(first := self._unsent[0])
         self._unsent[:1] = [first[sent:]] if sent < len(first) else []
         return sent

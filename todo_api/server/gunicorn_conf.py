@@ -132,7 +132,7 @@ def _check(cfg: Any) -> None:
 
 
 def on_reload(server: Any) -> None:
-    """Log what a reload does not do. The new workers are forks of the master, which has the old code."""
+    """Log that a reload does not load new code. The new workers are forks of the master, which has the old code."""
     server.cfg.set("reload", False)
     log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
@@ -146,7 +146,8 @@ def when_ready(server: Any) -> None:
     """Log where the service listens."""
     cfg = server.cfg
     where = ", ".join(map(str, server.LISTENERS))  # systemd's sockets may be others than those of the settings
-    log.info("serving %s, its docs at /docs, with %d workers of %d threads", where, cfg.workers, cfg.threads)
+    docs = f"{_settings.url_prefix}{_settings.script_name}/docs"  # as the proxy's clients see it
+    log.info("serving %s, its docs at %s, with %d workers (%d threads each)", where, docs, cfg.workers, cfg.threads)
 
 
 def _wait_for_port(host: str, port: int) -> None:

@@ -1,6 +1,6 @@
 """Receives requests without waiting for slow clients.
 
-A request occupies a thread once it has arrived whole, or if its body is larger than 1 MiB.
+A request occupies a thread once it has arrived whole, or if its body is larger than 1 MiB (2 MiB if it is chunked).
 """
 
 import re
@@ -32,7 +32,10 @@ class Reader(SocketUnreader):
     """The source from which gunicorn's parser reads the requests of a connection."""
 
     def __init__(self, sock: socket.socket, body_limit: int) -> None:
-        """Create it. ``body_limit`` is in bytes: a larger body is not awaited, because the application rejects it."""
+        """Create the reader.
+
+        ``body_limit`` is in bytes. A larger body is not awaited, because the application rejects it.
+        """
         super().__init__(sock)
         self.body_limit = body_limit
         self.data = bytearray()

@@ -22,7 +22,7 @@ QUOTED = 60  # characters of what a client sent
 _MESSAGE_LENGTH = 500  # characters of a line in gunicorn's log
 _GUNICORNS_LINE = "Invalid request from ip="  # ours also has the id of the response
 
-# What is wrong, and the attribute that has the part of the request, for gunicorn's exceptions.
+# For each exception of gunicorn: the reason, and the attribute with the invalid part of the request.
 _REASONS: dict[type[Exception], tuple[str, str]] = {
     errors.InvalidRequestMethod: ("The method must be 3 to 20 letters in upper case", "method"),
     errors.InvalidRequestLine: (
@@ -84,8 +84,8 @@ def _shorten(record: logging.LogRecord) -> bool:
 
 def _write_problem(connection: socket.socket, status: int, _reason: str, _message: str) -> None:
     request_id = os.urandom(16).hex()
-    error = sys.exception()  # gunicorn calls this while it handles it
-    if isinstance(error, errors.ConfigurationProblem):  # the one that concerns a request
+    error = sys.exception()  # gunicorn calls this function while it handles the error
+    if isinstance(error, errors.ConfigurationProblem):  # a request causes only one: its path is outside of SCRIPT_NAME
         status, detail = HTTPStatus.NOT_FOUND, _OUTSIDE
     else:
         detail = _detail(status, error)

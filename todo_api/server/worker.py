@@ -67,7 +67,8 @@ class Worker(ThreadWorker):
         self.sending: dict[Any, Any] = {}  # connections whose client reads slowly, with their results
         self.request_deadline = inf  # an upper limit for the deadlines of all requests, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
-        self.keepalive_lock = Lock()  # held while an idle connection is kept, so that none is kept after the stop began
+        # Held while a thread adds an idle connection, so that none is added after the stop has begun.
+        self.keepalive_lock = Lock()
         self.closing_connections: deque[Any] = deque()  # connections whose client has to close its side
 
     @classmethod
@@ -86,7 +87,10 @@ class Worker(ThreadWorker):
         super().check_config(cfg, log)
 
     def init_process(self) -> None:
-        """Run the worker, and limit how long a client that stops within a request or a response occupies a thread."""
+        """Run the worker.
+
+        Limit the time for which a client occupies a thread if it stops in the middle of a request or a response.
+        """
         for listener in self.sockets:  # accepted connections inherit these options
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 listener.setsockopt(socket.SOL_SOCKET, option, _SOCKET_TIMEOUT)
