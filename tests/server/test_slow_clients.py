@@ -121,6 +121,49 @@ def test_sixteen_clients_that_send_a_byte_at_a_time_do_not_delay_others(
     assert max(waits) < 3
 
 
+@pytest.mark.parametrize(
+    ("beginning", "status"),
+    [
+        (POST + b"Transfer-Encoding: xchunked\r\n\r\n", b"501"),
+        (CHUNKED + b"e\n", b"400"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_rejected_before_it_has_arrived(
+    beginning: bytes, status: bytes, service: Service
+) -> None:
+    with connect(service) as connection:
+        connection.settimeout(15)  # less than the time limit of a request, which would end in a 408
+        connection.sendall(beginning)
+        assert connection.recv(65_536).split()[1] == status
+
+
+def test_clients_that_send_long_extensions_of_chunks_occupy_little_memory(database_url: str, start: Start) -> None:
+    service = start(DATABASE_URL=database_url, WEB_CONCURRENCY=1).wait()
+    [worker] = workers(service)
+    before = worker.memory_info().rss
+    with ExitStack() as opened:
+        connections = [opened.enter_context(connect(service)) for _ in range(100)]
+        chunks = (b"1;" + b"x" * 7000 + b"\r\n \r\n") * 280  # 2 MiB
+        for connection in connections:
+            with suppress(OSError):  # it is closed once the thread gives up
+                connection.sendall(CHUNKED + chunks)
+        time.sleep(3)  # the worker reads what the kernel has received
+        growth = worker.memory_info().rss - before
+    assert service.client.get("/healthz").status_code == 200
+    assert growth < 120 * 2**20  # with 2 MiB for each client, it would be 200 MiB
+
+
+def test_a_keep_alive_of_0_closes_the_connection_after_each_response(database_url: str, start: Start) -> None:
+    service = start(command=[sys.executable, "wsgi.py", "--keep-alive=0"], DATABASE_URL=database_url).wait()
+    for pause in (0, 1.5):  # a client may connect some time before its request
+        with connect(service) as connection:
+            time.sleep(pause)
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            response = b"".join(iter(lambda: connection.recv(65_536), b""))
+        assert b" 200 OK" in response
+        assert b"Connection: close" in response
+
+
 # A list of them is larger than the buffers of the kernel.
 MANY_TASKS = """
     INSERT INTO tasks (user_id, title, description)

@@ -1,6 +1,7 @@
 """Receives requests without waiting for slow clients.
 
-A request occupies a thread once it has arrived whole, or if its body is larger than 1 MiB (2 MiB if it is chunked).
+A request occupies a thread once it has arrived whole, or if its body is larger than 1 MiB. A chunked body may have
+2 MiB, with the sizes of its chunks, or eight times the body's limit if that is less.
 """
 
 import re
@@ -23,7 +24,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]")  # gunicorn rejects any other one
 _NOT_IN_A_HEAD = re.compile(rb"[^\t\r\n -~]")
 _LENGTHS = re.compile(rb"\r\ncontent-length:[ \t]*0*([0-9]{1,18})[ \t]*(?=\r)")
-_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[^\r]*chunked[ \t]*\r")
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:(?:[^\r]*[, \t])?chunked[ \t]*\r")
 _EXPECT = re.compile(rb"^[^\r]* http/1\.1\r\n.*?\r\nexpect:[ \t]*100-continue[ \t]*\r", re.DOTALL)
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}(?=[ \t;\r])")
 
@@ -133,7 +134,8 @@ class Reader(SocketUnreader):
         while True:
             line_end = self.data.find(b"\r\n", self._at)
             if line_end < 0:
-                return len(self.data) - self._at > _LINE_SIZE or self._is_too_large(0)
+                line_size = len(self.data) - self._at
+                return line_size > _LINE_SIZE or b"\n" in self.data[self._at :] or self._is_too_large(0)
             size = _CHUNK_SIZE.match(self.data, self._at, line_end + 1)
             if not size:
                 return True
@@ -149,5 +151,6 @@ class Reader(SocketUnreader):
     def _is_too_large(self, unfinished: int) -> bool:
         if self._in_chunks + unfinished > self.body_limit:
             return True
-        self._is_large = len(self.data) - self._end > 2 * KEPT_BODY
+        # A chunk of one byte takes six bytes.
+        self._is_large = len(self.data) - self._end > min(2 * KEPT_BODY, 8 * self.body_limit)
         return self._is_large

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from math import inf
+from operator import attrgetter
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from todo_api import config, startup
 from todo_api.server import gunicorn_check
 from todo_api.server.client_socket import ClientSocket
-from todo_api.server.reader import Reader
+from todo_api.server.reader import REQUEST_TIMEOUT, Reader
 from todo_api.server.response import Response
 
 _ACCEPT_PAUSE = 0.00005  # seconds; long enough for another worker to wake up
@@ -35,6 +36,7 @@ _READ_SIZE = 65_536  # bytes
 _RESPAWN_PAUSE = 1  # second
 _READ_TIMEOUT = 10.0  # seconds in which a client reads nothing of a response
 _KEPT_RESPONSES = 256 * 1024 * 1024  # bytes that clients have not read yet
+_KEPT_REQUESTS = 256 * 1024 * 1024  # bytes of unfinished requests
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
 
 
@@ -162,7 +164,8 @@ class Worker(ThreadWorker):
             self.ready_connections.put(conn)
             return
         conn.sock = ClientSocket(conn.sock)
-        conn.set_timeout()
+        # The keep-alive is the time between two requests, and may be 0. A client needs some time to send its first one.
+        conn.timeout = time.monotonic() + max(self.cfg.keepalive, REQUEST_TIMEOUT)
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
@@ -314,6 +317,8 @@ class Worker(ThreadWorker):
     def _end_unfinished(self) -> None:
         """Once a second, respond with a 408 to the requests that are unfinished at their deadline.
 
+        If the others are too large together, those that began first get a 408, too.
+
         A client that keeps sending is rarely among them: its connection is mostly with a thread, which checks the
         deadline too.
         """
@@ -321,11 +326,14 @@ class Worker(ThreadWorker):
             return
         self.next_check = now + 1
         with self.keepalive_lock:
-            late = [conn for conn in self.unfinished if self._is_late(conn.timeout)]
-        for conn in late:
-            self.poller.unregister(conn.sock)
-            self.unfinished.remove(conn)
-            self._time_out(conn)
+            oldest_first = sorted(self.unfinished, key=attrgetter("timeout"))
+        excess = sum(len(conn.parser.unreader.data) for conn in oldest_first) - _KEPT_REQUESTS
+        for conn in oldest_first:
+            if excess > 0 or self._is_late(conn.timeout):
+                excess -= len(conn.parser.unreader.data)
+                self.poller.unregister(conn.sock)
+                self.unfinished.remove(conn)
+                self._time_out(conn)
 
     def _is_late(self, deadline: float) -> bool:
         return min(deadline, self.request_deadline) < time.monotonic()
