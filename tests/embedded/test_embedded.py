@@ -160,7 +160,8 @@ def test_a_file_instead_of_the_folder_fails_with_one_line(tmp_path: Path, start:
 def test_a_folder_with_a_line_break_fails_with_one_line(tmp_path: Path, start: Start) -> None:
     service = start(DATA_DIR=tmp_path / "two\nlines")
     assert service.process.wait(timeout=120) != 0
-    assert_failed_with_one_line(service, "newline")
+    assert_failed_with_one_line(service, "DATA_DIR", "line break")
+    assert list(tmp_path.glob("two*")) == []
 
 
 def test_data_dir_is_not_created_if_database_url_is_set(tmp_path: Path, start: Start, database_url: str) -> None:
