@@ -26,8 +26,8 @@ from tests.support.service import Service, workers
 
 Database = psycopg.Connection[TupleRow]
 JSON = {"Content-Type": "application/json"}
-GET = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GET = b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 TASK_1 = "INSERT INTO tasks (id, user_id, title, version) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'é%/+ x', 7)"
 SELF_SIGNED = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x -addext"
 # The rest of the configuration, as in a distribution's nginx.conf. All files are in the test's folder, which only its

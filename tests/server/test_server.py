@@ -341,8 +341,8 @@ def test_pipelined_requests_are_answered_in_order(clients: int, data_dir: Path, 
     def send_requests(_: int) -> list[str]:
         with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
             for path in paths:
-                client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
-            client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
+                client.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), socket.MSG_MORE)
+            client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             with client.makefile("rb") as responses:
                 return re.findall(r'"instance": "([^"]*)"', responses.read().decode())
 
