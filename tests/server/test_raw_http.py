@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import sys
 import time
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ import pytest
 from psycopg.rows import TupleRow
 
 from tests.support.fixtures import Start
+from tests.support.processes import wait_until
 from tests.support.service import Service
 
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -204,6 +206,75 @@ def test_the_host_header_does_not_change_the_location(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET http://localhost/docs HTTP/1.1\r\nHost: evil.example", 200),
+        (b"GET HTTP://LOCALHOST.:8000/docs?q=1 HTTP/1.1\r\nHost: evil.example", 200),
+        (b"GET http://evil.example/docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET http://evil.example/docs HTTP/1.0", 421),
+        (b"GET http://localhost@evil.example/docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET http://evil.example\\@localhost/docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET http:///docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET x?://docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET //localhost/docs HTTP/1.1\r\nHost: evil.example", 421),
+        (b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost", 421),
+        (b"OPTIONS * HTTP/1.1\r\nHost: evil.example", 421),
+        (b"GET /docs HTTP/1.1\r\nHost: localhost\r\nHost: localhost", 400),
+        (b"GET /docs HTTP/1.1\r\nHost: localhost\r\n evil.example", 400),
+        (b"GET /docs HTTP/1.1\r\nHost : localhost", 400),
+        (b"GET /docs HTTP/1.1\r\nHost: evil.example\r\nHTTP_HOST: localhost", 421),
+        (b"GET /docs HTTP/1.1", 400),
+        (b"GET http://localhost/docs HTTP/1.1", 400),
+        (b"GET /healthz HTTP/1.1", 400),
+        (b"GET /docs HTTP/1.0", 421),
+        (b"GET /docs HTTP/1.9", 421),
+        (b"GET /docs HTTP/1.0\r\nHost: localhost", 200),
+        (b"GET /docs HTTP/1.1\r\nhOST:\tlocalhost ", 200),
+    ],
+)
+def test_the_host_is_that_of_the_target_or_else_the_only_host_header(
+    service: Service, head: bytes, status: int
+) -> None:
+    assert send(service, head + b"\r\nConnection: close\r\n\r\n")[0] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (b"Origin: http://localhost\r\nOrigin: http://evil.example", 403),
+        (b"Origin: http://evil.example\r\nOrigin: http://localhost", 403),
+        (b"Origin: http://localhost\r\nOrigin: http://localhost", 403),
+        (b"Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", 403),
+        (b"Sec-Fetch-Site: cross-site\r\nSec-Fetch-Site: none", 403),
+        (b"sec-fetch-site:cross-site", 403),
+        (b"ORIGIN: http://evil.example", 403),
+        (b"Origin:", 403),
+        (b"Origin: http://evil.example\r\nSec_Fetch_Site: none", 403),
+        (b"Origin: http://evil.example\r\nX-HTTP-Method-Override: GET", 403),
+        (b"Origin: http://localhost", 201),
+        (b"SEC-FETCH-SITE: same-origin", 201),
+    ],
+)
+def test_headers_that_browsers_do_not_send_hide_no_origin(service: Service, headers: bytes, status: int) -> None:
+    assert send(service, POST + headers + b"\r\nContent-Length: 14\r\n\r\n" + SMALL)[0] == status
+
+
+def test_the_origin_is_compared_with_the_host_of_the_target(service: Service) -> None:
+    rest = b"Content-Length: 14\r\n\r\n" + SMALL
+    for origin, status in ((b"http://127.0.0.1:1", 201), (b"http://localhost", 403)):
+        request = POST.replace(b"/api", b"http://127.0.0.1:1/api") + b"Origin: " + origin + b"\r\n" + rest
+        assert send(service, request)[0] == status
+
+
+def test_a_client_that_may_not_use_the_proxy_protocol_gets_a_problem(database_url: str, start: Start) -> None:
+    options = ["--worker-class", "gthread", "--proxy-protocol", "v1", "--proxy-allow-from", "10.0.0.1"]
+    service = start(command=[sys.executable, "wsgi.py", *options], DATABASE_URL=database_url)
+    wait_until(lambda: "serving http" in service.log())
+    found = problem(service, b"PROXY TCP4 192.168.1.5 127.0.0.1 5 80\r\n" + CLOSE + b"\r\n")
+    assert (found["type"], "PROXY" in found["detail"]) == ("malformed_request", True)
+
+
+@pytest.mark.parametrize(
     ("path", "rest"),
     [
         (b"/api/tasks", b"Content-Length: 900000\r\n\r\n" + b" " * 900_000),
@@ -257,6 +328,32 @@ def test_a_response_announces_whether_its_connection_stays_open(
                 request = target + b" HTTP/1.1\r\nHost: localhost\r\n" + framed
                 outcomes.add((size > limit, connection_state(service, request)))
     assert outcomes == {(False, "kept"), (True, "closed")}
+
+
+@pytest.mark.parametrize("refused", [b"Host: evil.example\r\n", b"Host: localhost\r\nOrigin: null\r\n"])
+def test_a_refused_request_keeps_its_connection_open_unless_its_body_is_too_large(
+    service: Service, refused: bytes
+) -> None:
+    outcomes = set()
+    for size in (0, 1, 65_536, 65_537, 900_000):
+        for framed in (b"Content-Length: %d\r\n\r\n" % size + b" " * size, CHUNKED + chunked(b" " * size)):
+            if size or not framed.startswith(CHUNKED):
+                request = b"POST /api/tasks HTTP/1.1\r\n" + refused + framed
+                outcomes.add((size > 65_536, connection_state(service, request)))
+    assert outcomes == {(False, "kept"), (True, "closed")}
+
+
+def test_the_body_of_a_refused_request_is_not_taken_for_a_request(
+    service: Service, db: psycopg.Connection[TupleRow]
+) -> None:
+    body = POST + b"Content-Length: 14\r\n\r\n" + SMALL
+    refused = POST + b"Origin: null\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(refused * 2 + CLOSE + b"\r\n")
+        with connection.makefile("rb") as responses:
+            statuses = [head_of(responses)[9:12] for _ in range(3)]
+            assert (statuses, responses.read()) == ([b"403", b"403", b"200"], b"")
+    assert db.execute("SELECT 1 FROM tasks").fetchall() == []
 
 
 def connection_state(service: Service, request: bytes) -> str:
