@@ -448,8 +448,8 @@ def test_gunicorn_with_other_settings_responds_to_malformed_requests_with_proble
 def test_the_service_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
     path = tmp_path / "socket"
     service = start(command=[sys.executable, "wsgi.py", "--bind", f"unix:{path}"], DATA_DIR=data_dir)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as service.client:
-        assert service.wait().answers()
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as service.client:
+        assert service.wait().answers("/api/tasks")
     assert service.stop() == 0
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flask import Flask, Response, g, request
@@ -37,7 +38,7 @@ def init_app(app: Flask) -> None:
 
     @app.after_request
     def discard_body(response: Response) -> Response:
-        if "body" not in g:
+        if response.status_code >= HTTPStatus.BAD_REQUEST and "body" not in g:
             with suppress(HTTPException):  # then the connection is closed
                 read(request.environ, app.config["MAX_CONTENT_LENGTH"])
         return response
