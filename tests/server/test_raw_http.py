@@ -368,7 +368,8 @@ def connection_state(service: Service, request: bytes) -> str:
 
 
 def head_of(responses: BinaryIO) -> bytes:
-    """Read a response, and return its head."""
-    head = b"".join(iter(responses.readline, b"\r\n"))
-    responses.read(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
+    """Read a response, and return its head, which is empty if the connection was closed."""
+    head = b"".join(iter(lambda: responses.readline().removeprefix(b"\r\n"), b""))
+    for length in re.findall(rb"Content-Length: (\d+)", head):
+        responses.read(int(length))
     return head
