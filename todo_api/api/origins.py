@@ -23,7 +23,7 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _STRANGER = "Without tokens and ALLOW_ANONYMOUS, the service serves only its own machine"
 
 _ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
-_ORIGIN = re.compile(r"(https?)://(.*)", re.IGNORECASE)
+_ORIGIN = re.compile(r"(https?)://(.*)", re.IGNORECASE | re.ASCII)
 # A name or an IPv4 address, or an IPv6 address in brackets, and a port.
 _AUTHORITY = re.compile(r"([\w-]+(?:\.[\w-]+)*\.?|\[[0-9a-f:.]+\])(?::([0-9]{0,5}))?", re.IGNORECASE | re.ASCII)
 
