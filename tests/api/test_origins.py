@@ -271,7 +271,10 @@ def test_pages_of_the_allowed_origins_may_change_tasks(allowed: str, origin: str
 
 
 def test_the_host_is_checked_before_the_origin_and_both_before_the_body(client: httpx.Client) -> None:
-    headers = {"Host": "evil.example", "Origin": "http://other.example"}
-    for status_code, kind in ((421, "misdirected_request"), (403, "cross_origin_refused"), (413, "content_too_large")):
+    host, origin = {"Host": "evil.example"}, {"Origin": "http://other.example"}
+    for headers, status_code, kind in (
+        (host | origin, 421, "misdirected_request"),
+        (origin, 403, "cross_origin_refused"),
+        ({}, 413, "content_too_large"),
+    ):
         assert_problem(client.post("/api/tasks", content=b" " * 70_000, headers=headers), status_code, kind)
-        headers.pop(next(iter(headers)), None)
