@@ -3,7 +3,7 @@
 from flask import Flask
 
 from todo_api import commands, config, startup
-from todo_api.api import body, cors, docs, health, middleware, openapi, problems, tasks
+from todo_api.api import body, cors, docs, health, middleware, openapi, origins, problems, tasks
 from todo_api.api.application import Application
 from todo_api.database import Database
 
@@ -26,6 +26,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
 
     app.wsgi_app = middleware.RequestLog(middleware.Mount(app.wsgi_app, settings.url_prefix))
     cors.init_app(app, settings.cors_origins)
+    origins.init_app(app, settings)
     body.init_app(app)
     tasks.init_app(app, openapi.init_app(app))
     docs.init_app(app)

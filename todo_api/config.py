@@ -5,7 +5,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from dotenv import dotenv_values, find_dotenv, load_dotenv
@@ -38,10 +38,18 @@ class Settings:
     web_concurrency: int = 1
     web_threads: int = 4
     user_id: str = "local"
+    auth_jwks: str = ""
+    allow_anonymous: bool = False
+    trusted_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 64 * 1024
     cors_origins: tuple[str, ...] = ()
     url_prefix: str = ""
     script_name: str = ""
+
+    @property
+    def local_only(self) -> bool:
+        """Return whether only programs on this machine are served, because nothing asks who is calling."""
+        return not (self.auth_jwks or self.allow_anonymous)
 
 
 class StartError(Exception):
@@ -91,6 +99,9 @@ def _read() -> Settings:
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=_check_number),
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=_check_number),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _check_text]),
+        auth_jwks=env.str("AUTH_JWKS", Settings.auth_jwks),
+        allow_anonymous=env.bool("ALLOW_ANONYMOUS", Settings.allow_anonymous),
+        trusted_hosts=_hosts(env.str("TRUSTED_HOSTS", "", validate=_check_hosts)),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
         cors_origins=_origins(env.str("CORS_ORIGINS", "", validate=_check_origins)),
         url_prefix=env.str("URL_PREFIX", "", validate=_check_prefix),
@@ -119,6 +130,46 @@ def _check_address(host: str) -> None:
         ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError as error:
         raise ValidationError("It must be localhost or an IP address, such as 127.0.0.1, 0.0.0.0 or ::.") from error
+
+
+def normal_host(host: str) -> str:
+    """Return a host's name in lower case and without a dot at its end, or its address in one form for all spellings.
+
+    As in a URL, an IPv6 address may be in brackets.
+    """
+    name = host.lower().removesuffix(".")
+    address = _address(name[1:-1] if re.fullmatch(r"\[.*:.*\]", name) else name)
+    return str(address) if address else name
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is localhost or a loopback address."""
+    address = _address(host)
+    return address.is_loopback if address else host == "localhost"
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 is 127.0.0.1
+
+
+_MAX_HOST_LENGTH = 253
+# The last label of a name has a letter: a browser takes 127.1 for an address.
+_HOST_NAME = re.compile(r"([a-z0-9_-]+\.)*[0-9-]*[a-z_][a-z0-9_-]*")
+
+
+def _hosts(listed: str) -> tuple[str, ...]:
+    return tuple(normal_host(host.strip(" ")) for host in listed.split(",")) if listed else ()
+
+
+def _check_hosts(listed: str) -> None:
+    for host in _hosts(listed):
+        is_valid = _HOST_NAME.fullmatch(host) or (_address(host) and "%" not in host)
+        if not is_valid or len(host) > _MAX_HOST_LENGTH:
+            raise ValidationError("Each must be the name or the address of a host, without a port.")
 
 
 def _check_path(path: Path) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
+from tests.support.fixtures import Create
 from tests.support.optional_tools import program
 from tests.support.service import Service
 
@@ -48,7 +49,8 @@ def browser() -> Iterator[Browser]:
     chromium = program("chromium")
     with sync_playwright() as playwright:
         # Playwright disables the sandbox by default, which does not start as root.
-        running = playwright.chromium.launch(executable_path=chromium)
+        rebinding = "--host-resolver-rules=MAP evil.example 127.0.0.1"  # as evil.example's own DNS server may do
+        running = playwright.chromium.launch(executable_path=chromium, args=[rebinding])
         yield running
         running.close()
 
@@ -198,3 +200,49 @@ def test_a_front_end_of_an_origin_that_is_not_allowed_cannot_use_the_api(
     with visit.page.expect_console_message(lambda message: "CORS policy" in message.text):
         rejected = visit.page.evaluate("url => fetch(url).catch(error => error.name)", f"{cors_service.url}/api/tasks")
     assert rejected == "TypeError"
+
+
+# Everything that a page can send without being allowed to. No promise here says whether the request was refused.
+ATTACK = """async (task) => {
+  const send = init => fetch(task + "/toggle", {method: "POST", ...init}).catch(() => {});
+  await send({mode: "no-cors"});
+  await send({mode: "no-cors", credentials: "include", referrerPolicy: "no-referrer"});
+  await send({mode: "no-cors", body: new URLSearchParams({title: "x"})});
+  await send({});
+  await fetch(task, {method: "DELETE"}).catch(() => {});
+  navigator.sendBeacon(task + "/toggle", "x");
+}"""
+FORM = """task => {
+  const form = document.createElement("form");
+  Object.assign(form, {method: "POST", action: task + "/toggle"});
+  document.body.append(form);
+  form.submit();
+}"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.example"])
+def test_a_page_of_another_origin_changes_nothing(
+    visit: Visit, service: Service, origin: str, create: Create, host: str
+) -> None:
+    path = f"/api/tasks/{create()['id']}"
+    visit.page.goto(origin.replace("127.0.0.1", host))
+    visit.page.evaluate(ATTACK, service.url + path)
+    with visit.page.expect_navigation() as navigation:
+        visit.page.evaluate(FORM, service.url + path)
+    assert (navigation.value.status, navigation.value.url) == (403, f"{service.url}{path}/toggle")
+    assert len([url for url in visit.requests if url.endswith("/toggle")]) == 6
+    assert service.client.get(path).json()["version"] == 1
+
+
+def test_a_page_whose_name_leads_to_this_machine_reads_and_changes_nothing(
+    visit: Visit, service: Service, create: Create
+) -> None:
+    task, url = create("a very private title"), f"http://evil.example:{service.port}"
+    response = visit.page.goto(f"{url}/api/tasks")  # now the page has the origin of the service
+    assert response
+    assert (response.status, response.json()["type"]) == (421, "misdirected_request")
+    call = "async ([path, method]) => { const r = await fetch(path, {method}); return [r.status, await r.text()] }"
+    for path, method in (("", "GET"), (f"/{task['id']}", "GET"), (f"/{task['id']}/toggle", "POST")):
+        status, text = visit.page.evaluate(call, [f"/api/tasks{path}", method])
+        assert (status, "private" in text) == (421, False)
+    assert service.client.get(f"/api/tasks/{task['id']}").json() == task

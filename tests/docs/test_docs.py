@@ -9,12 +9,12 @@ import pytest
 from tests.support.service import Service
 
 CALLS = {
-    ("get", "/api/tasks"): {200, 304, 400, 413, 500, 503},
-    ("post", "/api/tasks"): {201, 400, 413, 415, 422, 500, 503},
-    ("get", "/api/tasks/{task_id}"): {200, 304, 400, 404, 413, 500, 503},
-    ("patch", "/api/tasks/{task_id}"): {200, 400, 404, 412, 413, 415, 500, 503},
-    ("delete", "/api/tasks/{task_id}"): {200, 400, 404, 412, 413, 500, 503},
-    ("post", "/api/tasks/{task_id}/toggle"): {200, 400, 404, 412, 413, 500, 503},
+    ("get", "/api/tasks"): {200, 304, 400, 413, 421, 500, 503},
+    ("post", "/api/tasks"): {201, 400, 403, 413, 415, 421, 422, 500, 503},
+    ("get", "/api/tasks/{task_id}"): {200, 304, 400, 404, 413, 421, 500, 503},
+    ("patch", "/api/tasks/{task_id}"): {200, 400, 403, 404, 412, 413, 415, 421, 500, 503},
+    ("delete", "/api/tasks/{task_id}"): {200, 400, 403, 404, 412, 413, 421, 500, 503},
+    ("post", "/api/tasks/{task_id}/toggle"): {200, 400, 403, 404, 412, 413, 421, 500, 503},
 }
 REQUEST_HEADERS = {
     ("get", "/api/tasks"): {"If-None-Match"},

@@ -207,7 +207,7 @@ def test_the_tables_list_every_setting_and_every_problem() -> None:
 
 def test_the_settings_in_the_text_are_in_the_table_with_the_same_default() -> None:
     shown = re.findall(r"`([A-Z_]+)`\s+\(`?([^`)]+)`?\)", README.partition("## Settings")[2].partition("\n## ")[0])
-    assert [name for name, _ in shown] == ["DATA_DIR", "HOST", "PORT", "USER_ID", "CORS_ORIGINS"]
+    assert [name for name, _ in shown] == ["DATA_DIR", "HOST", "PORT", "USER_ID", "ALLOW_ANONYMOUS", "CORS_ORIGINS"]
     rows = [line.split("|") for line in READMES[".deploy/README.md"].splitlines() if line.startswith("| ")]
     for name, default in shown:
         [row] = [row for row in rows if f"`{name}`" in row[1]]

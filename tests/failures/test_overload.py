@@ -22,9 +22,11 @@ from tests.support.processes import wait_until
 from tests.support.service import Service, workers
 
 MANY_TASKS = "INSERT INTO tasks (user_id, title) SELECT 'local', 'one of many' FROM generate_series(1, 10000)"
-LIST = b"GET /api/tasks HTTP/1.1\r\nHost: todo\r\n\r\n"
+LIST = b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF_A_HEAD = b"POST /api/tasks HTTP/1.1\r\nHo"
-HALF_A_BODY = b"POST /api/tasks HTTP/1.1\r\nHost: todo\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n{"
+HALF_A_BODY = (
+    b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n{"
+)
 CLOSING = b"GET /healthz HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n"
 # Many systems start programs with a soft limit of 1024 open files. The clients of these tests need more.
 SOFT_LIMIT = ["sh", "-c", 'ulimit -Sn "$0" && exec "$@"']

@@ -32,6 +32,8 @@ INVALID = [
     ("MAX_BODY_BYTES", "1"),
     ("USER_ID", "x" * 256),
     ("CORS_ORIGINS", "app.example"),
+    ("ALLOW_ANONYMOUS", "maybe"),
+    ("TRUSTED_HOSTS", "https://todo.example.com"),
 ]
 ALSO_INVALID = [  # the same function rejects them, so one process is enough
     ("URL_PREFIX", "todo"),
@@ -71,6 +73,24 @@ ALSO_INVALID = [  # the same function rejects them, so one process is enough
     ("CORS_ORIGINS", "https://app.example\n"),
     ("CORS_ORIGINS", ".*"),
     ("CORS_ORIGINS", "null"),
+    ("TRUSTED_HOSTS", "todo.example.com:443"),
+    ("TRUSTED_HOSTS", "todo.example.com/"),
+    ("TRUSTED_HOSTS", "todo.example.com,"),
+    ("TRUSTED_HOSTS", "todo.example.com;other.example"),
+    ("TRUSTED_HOSTS", "todo.example.com other.example"),
+    ("TRUSTED_HOSTS", "todo.example.com.."),
+    ("TRUSTED_HOSTS", "*"),
+    ("TRUSTED_HOSTS", "*.example.com"),
+    ("TRUSTED_HOSTS", ".example.com"),
+    ("TRUSTED_HOSTS", "user@example.com"),
+    ("TRUSTED_HOSTS", "t\u00f6do.example"),  # a browser sends xn--tdo-sna.example
+    ("TRUSTED_HOSTS", "x" * 254),
+    ("TRUSTED_HOSTS", "127.1"),  # browsers send 127.0.0.1
+    ("TRUSTED_HOSTS", "256.0.0.1"),
+    ("TRUSTED_HOSTS", "10.0.0.0/8"),
+    ("TRUSTED_HOSTS", "[fd00::5]:443"),
+    ("TRUSTED_HOSTS", "[fd00::5"),
+    ("TRUSTED_HOSTS", "fe80::5%eth0"),
 ]
 
 
@@ -91,9 +111,8 @@ def settings(project: Path, **variables: str) -> config.Settings:
     done = run(project, ["-c", script], **variables)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
-    return config.Settings(
-        **(values | {"data_dir": Path(values["data_dir"]), "cors_origins": tuple(values["cors_origins"])})
-    )
+    lists = {name: tuple(values[name]) for name in ("cors_origins", "trusted_hosts")}
+    return config.Settings(**(values | lists | {"data_dir": Path(values["data_dir"])}))
 
 
 def run(project: Path, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -205,6 +224,12 @@ def test_origins_are_separated_by_commas(project: Path) -> None:
     assert settings(project).cors_origins == ()
     found = settings(project, CORS_ORIGINS="https://app.example,http://localhost:3000")
     assert found.cors_origins == ("https://app.example", "http://localhost:3000")
+
+
+def test_trusted_hosts_are_separated_by_commas_and_compared_in_one_form(project: Path) -> None:
+    assert settings(project).trusted_hosts == ()
+    found = settings(project, TRUSTED_HOSTS="Todo.example.com., todo_api,10.0.0.5,[FD00:0::5],fd00::6,xn--tdo-sna.1a")
+    assert found.trusted_hosts == ("todo.example.com", "todo_api", "10.0.0.5", "fd00::5", "fd00::6", "xn--tdo-sna.1a")
 
 
 def test_a_relative_data_dir_is_in_the_project_and_a_tilde_is_the_home_folder(project: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_url_outside_of_script_name_is_not_found(path: str, start: Start, data
     service = start(DATABASE_URL=database_url, SCRIPT_NAME="/todo")
     wait_until(lambda: service.answers("/todo/healthz"))
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         head, _, body = b"".join(iter(lambda: connection.recv(65_536), b"")).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404 ")
     assert b"application/problem+json" in head

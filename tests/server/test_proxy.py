@@ -26,8 +26,8 @@ from tests.support.service import Service, workers
 
 Database = psycopg.Connection[TupleRow]
 JSON = {"Content-Type": "application/json"}
-GET = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GET = b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 TASK_1 = "INSERT INTO tasks (id, user_id, title, version) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'é%/+ x', 7)"
 SELF_SIGNED = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x -addext"
 # The rest of the configuration, as in a distribution's nginx.conf. All files are in the test's folder, which only its
@@ -91,7 +91,7 @@ def response_head(connection: ssl.SSLSocket) -> HTTPResponse:
 
 def test_the_calls_and_their_request_headers_work(nginx: Service, db: Database) -> None:
     client = nginx.client
-    sent = {"Idempotency-Key": "once", "X-Request-ID": "mine", "Host": "evil.example", "X-Forwarded-Host": "evil"}
+    sent = {"Idempotency-Key": "once", "X-Request-ID": "mine", "X-Forwarded-Host": "evil.example"}
     created, again = (client.post("/api/tasks", json={"title": "é"}, headers=sent) for _ in range(2))
     task = created.headers["Location"]
     assert (task, again.content) == (f"/api/tasks/{created.json()['id']}", created.content)
@@ -101,6 +101,29 @@ def test_the_calls_and_their_request_headers_work(nginx: Service, db: Database) 
     assert client.get("/api/tasks").json() == [client.get(task).json()]
     assert [client.delete(task, headers=given).status_code for given in ({"If-Match": '"2"'}, {})] == [412, 200]
     assert client.get("/docs/", headers=sent).headers["Location"] == "/docs"
+
+
+def test_only_the_public_name_is_served_and_only_its_pages_change_tasks(
+    start: Start, tmp_path: Path, database_url: str, db: Database
+) -> None:
+    [name] = re.findall(r"server_name (.*);", (ROOT / ".deploy" / "nginx.conf").read_text(encoding="utf-8"))
+    service = start(DATABASE_URL=database_url, TRUSTED_HOSTS=name).wait()
+    nginx = start_nginx(start, tmp_path, service)
+    host = f"{name}:{nginx.port}"
+
+    def create(**headers: str) -> httpx.Response:
+        sent = {"Host": host} | {header.replace("_", "-"): value for header, value in headers.items()}
+        return nginx.client.post("/api/tasks", json={"title": "x" * 200}, headers=sent)
+
+    for _ in range(3):  # on connections that stay open
+        created = [create(), create(Origin=f"https://{host}"), create(Sec_Fetch_Site="same-origin", Origin="null")]
+        assert [response.status_code for response in created] == [201] * 3
+        for refused in (create(Origin=f"https://{name}"), create(Origin="null"), create(Sec_Fetch_Site="cross-site")):
+            assert_problem(refused, 403, "cross_origin_refused")
+        for other in ("evil.example", f"{name}.evil.example", "todo_api"):
+            assert_problem(create(Host=other, X_Forwarded_Host=name), 421, "misdirected_request")
+    assert len(nginx.client.get("/api/tasks").json()) == 9
+    assert "502" not in nginx.log()
 
 
 def test_responses_are_the_same_as_without_nginx(nginx: Service, service: Service, db: Database) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import sys
 import time
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -12,10 +13,11 @@ import pytest
 from psycopg.rows import TupleRow
 
 from tests.support.fixtures import Start
+from tests.support.processes import wait_until
 from tests.support.service import Service
 
-POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 
 
 def send(service: Service, request: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -66,7 +68,7 @@ def test_a_malformed_body_is_rejected_by_calls_that_need_none(
     service: Service, db: psycopg.Connection[TupleRow], method: str, path: str
 ) -> None:
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
-    head = f"{method} /api/tasks/{task['id']}{path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"{method} /api/tasks/{task['id']}{path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert problem(service, head.encode() + b"zz\r\n")["type"] == "malformed_request"
     assert db.execute("SELECT version FROM tasks").fetchall() == [(1,)]
 
@@ -138,7 +140,7 @@ def test_http_1_0_needs_no_host(service: Service) -> None:
 
 @pytest.mark.parametrize("path", [b"//api/tasks", b"///", b"//docs"])
 def test_a_path_that_begins_with_two_slashes_is_not_found(service: Service, path: bytes) -> None:
-    assert problem(service, b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path)["type"] == "not_found"
+    assert problem(service, b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)["type"] == "not_found"
 
 
 def test_one_client_does_not_fill_the_log(database_url: str, start: Start) -> None:
@@ -173,7 +175,7 @@ def test_expect_100_continue_is_answered_before_the_body(service: Service, frami
 
 
 def test_an_old_client_gets_no_100_continue(service: Service) -> None:
-    request = b"POST /api/tasks HTTP/1.0\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+    request = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\n"
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
         connection.sendall(request + b"Content-Length: 14\r\n\r\n")
         time.sleep(0.2)
@@ -185,7 +187,7 @@ def test_an_old_client_gets_no_100_continue(service: Service) -> None:
     "path", [b"/api/tasks", b"/api/tasks/1", b"/docs", b"/docs/page.js", b"/healthz", b"/openapi.json"]
 )
 def test_the_response_to_options_has_allow_but_no_body_and_no_type(service: Service, path: bytes) -> None:
-    status, headers, body = send(service, b"OPTIONS %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path)
+    status, headers, body = send(service, b"OPTIONS %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % path)
     assert (status, body) == (200, b"")
     assert "OPTIONS" in headers["Allow"]
     assert "Content-Type" not in headers
@@ -199,8 +201,77 @@ def test_headers_do_not_change_the_routing(service: Service, header: bytes) -> N
 
 def test_the_host_header_does_not_change_the_location(service: Service) -> None:
     body = b'{"title": "x"}'
-    request = POST.replace(b"Host: x", b"Host: evil.example") + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    request = POST.replace(b"Host: localhost", b"Host: 127.9.9.9:1") + b"Content-Length: %d\r\n\r\n" % len(body) + body
     assert send(service, request)[1]["Location"].startswith("/api/tasks/")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET http://localhost/docs HTTP/1.1\r\nHost: evil.example", 200),
+        (b"GET HTTP://LOCALHOST.:8000/docs?q=1 HTTP/1.1\r\nHost: evil.example", 200),
+        (b"GET http://evil.example/docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET http://evil.example/docs HTTP/1.0", 421),
+        (b"GET http://localhost@evil.example/docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET http://evil.example\\@localhost/docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET http:///docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET x?://docs HTTP/1.1\r\nHost: localhost", 421),
+        (b"GET //localhost/docs HTTP/1.1\r\nHost: evil.example", 421),
+        (b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost", 421),
+        (b"OPTIONS * HTTP/1.1\r\nHost: evil.example", 421),
+        (b"GET /docs HTTP/1.1\r\nHost: localhost\r\nHost: localhost", 400),
+        (b"GET /docs HTTP/1.1\r\nHost: localhost\r\n evil.example", 400),
+        (b"GET /docs HTTP/1.1\r\nHost : localhost", 400),
+        (b"GET /docs HTTP/1.1\r\nHost: evil.example\r\nHTTP_HOST: localhost", 421),
+        (b"GET /docs HTTP/1.1", 400),
+        (b"GET http://localhost/docs HTTP/1.1", 400),
+        (b"GET /healthz HTTP/1.1", 400),
+        (b"GET /docs HTTP/1.0", 421),
+        (b"GET /docs HTTP/1.9", 421),
+        (b"GET /docs HTTP/1.0\r\nHost: localhost", 200),
+        (b"GET /docs HTTP/1.1\r\nhOST:\tlocalhost ", 200),
+    ],
+)
+def test_the_host_is_that_of_the_target_or_else_the_only_host_header(
+    service: Service, head: bytes, status: int
+) -> None:
+    assert send(service, head + b"\r\nConnection: close\r\n\r\n")[0] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (b"Origin: http://localhost\r\nOrigin: http://evil.example", 403),
+        (b"Origin: http://evil.example\r\nOrigin: http://localhost", 403),
+        (b"Origin: http://localhost\r\nOrigin: http://localhost", 403),
+        (b"Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", 403),
+        (b"Sec-Fetch-Site: cross-site\r\nSec-Fetch-Site: none", 403),
+        (b"sec-fetch-site:cross-site", 403),
+        (b"ORIGIN: http://evil.example", 403),
+        (b"Origin:", 403),
+        (b"Origin: http://evil.example\r\nSec_Fetch_Site: none", 403),
+        (b"Origin: http://evil.example\r\nX-HTTP-Method-Override: GET", 403),
+        (b"Origin: http://localhost", 201),
+        (b"SEC-FETCH-SITE: same-origin", 201),
+    ],
+)
+def test_headers_that_browsers_do_not_send_hide_no_origin(service: Service, headers: bytes, status: int) -> None:
+    assert send(service, POST + headers + b"\r\nContent-Length: 14\r\n\r\n" + SMALL)[0] == status
+
+
+def test_the_origin_is_compared_with_the_host_of_the_target(service: Service) -> None:
+    rest = b"Content-Length: 14\r\n\r\n" + SMALL
+    for origin, status in ((b"http://127.0.0.1:1", 201), (b"http://localhost", 403)):
+        request = POST.replace(b"/api", b"http://127.0.0.1:1/api") + b"Origin: " + origin + b"\r\n" + rest
+        assert send(service, request)[0] == status
+
+
+def test_a_client_that_may_not_use_the_proxy_protocol_gets_a_problem(database_url: str, start: Start) -> None:
+    options = ["--worker-class", "gthread", "--proxy-protocol", "v1", "--proxy-allow-from", "10.0.0.1"]
+    service = start(command=[sys.executable, "wsgi.py", *options], DATABASE_URL=database_url)
+    wait_until(lambda: "serving http" in service.log())
+    found = problem(service, b"PROXY TCP4 192.168.1.5 127.0.0.1 5 80\r\n" + CLOSE + b"\r\n")
+    assert (found["type"], "PROXY" in found["detail"]) == ("malformed_request", True)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +325,35 @@ def test_a_response_announces_whether_its_connection_stays_open(
     for size in (0, 1, limit - 1, limit, limit + 1, 65_535, 65_536, 65_537, 131_072, 900_000):
         for framed in (b"Content-Length: %d\r\n\r\n" % size + b" " * size, CHUNKED + chunked(b" " * size)):
             if size or not framed.startswith(CHUNKED):
-                outcomes.add((size > limit, connection_state(service, target + b" HTTP/1.1\r\nHost: x\r\n" + framed)))
+                request = target + b" HTTP/1.1\r\nHost: localhost\r\n" + framed
+                outcomes.add((size > limit, connection_state(service, request)))
     assert outcomes == {(False, "kept"), (True, "closed")}
+
+
+@pytest.mark.parametrize("refused", [b"Host: evil.example\r\n", b"Host: localhost\r\nOrigin: null\r\n"])
+def test_a_refused_request_keeps_its_connection_open_unless_its_body_is_too_large(
+    service: Service, refused: bytes
+) -> None:
+    outcomes = set()
+    for size in (0, 1, 65_536, 65_537, 900_000):
+        for framed in (b"Content-Length: %d\r\n\r\n" % size + b" " * size, CHUNKED + chunked(b" " * size)):
+            if size or not framed.startswith(CHUNKED):
+                request = b"POST /api/tasks HTTP/1.1\r\n" + refused + framed
+                outcomes.add((size > 65_536, connection_state(service, request)))
+    assert outcomes == {(False, "kept"), (True, "closed")}
+
+
+def test_the_body_of_a_refused_request_is_not_taken_for_a_request(
+    service: Service, db: psycopg.Connection[TupleRow]
+) -> None:
+    body = POST + b"Content-Length: 14\r\n\r\n" + SMALL
+    refused = POST + b"Origin: null\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        connection.sendall(refused * 2 + CLOSE + b"\r\n")
+        with connection.makefile("rb") as responses:
+            statuses = [head_of(responses)[9:12] for _ in range(3)]
+            assert (statuses, responses.read()) == ([b"403", b"403", b"200"], b"")
+    assert db.execute("SELECT 1 FROM tasks").fetchall() == []
 
 
 def connection_state(service: Service, request: bytes) -> str:
@@ -270,7 +368,8 @@ def connection_state(service: Service, request: bytes) -> str:
 
 
 def head_of(responses: BinaryIO) -> bytes:
-    """Read a response, and return its head."""
-    head = b"".join(iter(responses.readline, b"\r\n"))
-    responses.read(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
+    """Read a response, and return its head, which is empty if the connection was closed."""
+    head = b"".join(iter(lambda: responses.readline().removeprefix(b"\r\n"), b""))
+    for length in re.findall(rb"Content-Length: (\d+)", head):
+        responses.read(int(length))
     return head

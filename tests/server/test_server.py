@@ -390,8 +390,8 @@ def test_pipelined_requests_are_answered_in_order(clients: int, data_dir: Path, 
     def send_requests(_: int) -> list[str]:
         with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
             for path in paths:
-                client.send(f"GET {path} HTTP/1.1\r\nHost: todo\r\n\r\n".encode(), socket.MSG_MORE)
-            client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: todo\r\nConnection: close\r\n\r\n")
+                client.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), socket.MSG_MORE)
+            client.sendall(b"GET /nope/last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             with client.makefile("rb") as responses:
                 return re.findall(r'"instance": "([^"]*)"', responses.read().decode())
 
@@ -497,8 +497,8 @@ def test_gunicorn_with_other_settings_responds_to_malformed_requests_with_proble
 def test_the_service_listens_on_a_unix_socket(tmp_path: Path, data_dir: Path, start: Start) -> None:
     path = tmp_path / "socket"
     service = start(command=[sys.executable, "wsgi.py", "--bind", f"unix:{path}"], DATA_DIR=data_dir)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://todo") as service.client:
-        assert service.wait().answers()
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as service.client:
+        assert service.wait().answers("/api/tasks")
     assert service.stop() == 0
 
 

@@ -18,11 +18,11 @@ from tests.support.fixtures import Figure, Start
 from tests.support.processes import wait_until
 from tests.support.service import Service, workers
 
-POST = b"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 SMALL = b'{"title": "x"}'
 BEGINNINGS = {  # of a request; the bytes after it are sent one by one
-    "head": b"GET /api/tasks HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    "head": b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
     "request line": b"GET /api/tasks?q=",
     "body": POST + b'Content-Length: 60000\r\n\r\n{"title": "',
     "body over the limit": POST + b'Content-Length: 900000\r\n\r\n{"title": "',
@@ -177,7 +177,7 @@ def reader(service: Service) -> socket.socket:
     connection.settimeout(60)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", service.port))
-    connection.sendall(b"GET /api/tasks HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.sendall(b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n")
     return connection
 
 

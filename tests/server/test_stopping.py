@@ -20,7 +20,7 @@ from tests.support.processes import postmaster_in, servers_in, wait_until
 from tests.support.service import Service, workers
 
 KINDS = ("create", "create", "toggle", "get")
-TASKS = b"POST /api/tasks HTTP/1.1\r\nHost: todo\r\nContent-Type: application/json\r\n"
+TASKS = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HALF_A_BODY = TASKS + b'Content-Length: 21\r\n\r\n{"title"'
 
 
@@ -125,7 +125,7 @@ def test_unfinished_requests_delay_a_stop_by_10_s_at_most(
     halves = [connect(service, part) for part in [HALF_A_BODY, TASKS, b"POST /api"] * 4]
     db = psycopg.connect(embedded_conninfo(data_dir))
     db.execute("LOCK tasks")
-    halves.append(connect(service, b"GET /api/tasks HTTP/1.1\r\nHost: todo\r\n\r\n"))
+    halves.append(connect(service, b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"))
     moment = time.monotonic()
     assert service.stop(number) == 0
     assert time.monotonic() - moment < 25  # including the stop of PostgreSQL; gunicorn alone would wait 30 s

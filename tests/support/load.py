@@ -223,8 +223,8 @@ class Crowd(Clients):
             "get": f"GET {self.path}",
             "list": "GET /api/tasks",
         }[kind]
-        headers = f"Host: todo\r\nX-Request-ID: {name}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        return f"{line} HTTP/1.1\r\n{headers}\r\n\r\n{body}".encode()
+        headers = f"X-Request-ID: {name}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        return f"{line} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n{body}".encode()
 
     def assert_nothing_lost(self, conninfo: str) -> None:
         """Check that each acknowledged write took effect once, and that no other write took effect."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from flask import Flask, Request, Response, request
 from flask.sessions import NullSession, SessionInterface
-from werkzeug.exceptions import BadRequest, NotFound
+from werkzeug.exceptions import NotFound
 from werkzeug.routing import MapAdapter
 
 from todo_api.api.middleware import REQUEST_ID, loggable
@@ -48,13 +48,10 @@ class Application(Flask):
 
         Raises:
             NotFound: the path begins with two slashes. Werkzeug would find the route of the path with one slash.
-            BadRequest: there is no Host, which HTTP/1.1 requires.
 
         """
         if request is None:
             return None
         if request.environ["PATH_INFO"].startswith("//"):
             raise NotFound
-        if request.environ["SERVER_PROTOCOL"] == "HTTP/1.1" and "HTTP_HOST" not in request.environ:
-            raise BadRequest("HTTP/1.1 requires a Host header")
         return self.url_map.bind("", request.root_path, path_info=request.path, default_method=request.method)

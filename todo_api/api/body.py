@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flask import Flask, g, request
+from flask import Flask, Response, g, request
 from werkzeug import exceptions
-from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 from werkzeug.http import parse_options_header
 
 from todo_api.api.problems import KINDS, InvalidRequest, MalformedRequest
@@ -24,14 +26,22 @@ _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
 def init_app(app: Flask) -> None:
-    """Register a hook that reads the body of each request before the view runs.
+    """Register hooks that read the body of each request, before the view runs or after another hook has refused it.
 
     gunicorn closes the connection after a request whose body was not read, and a view need not read it.
     """
 
     @app.before_request
     def read_body() -> None:
+        g.body = b""
         g.body = read(request.environ, app.config["MAX_CONTENT_LENGTH"])
+
+    @app.after_request
+    def discard_body(response: Response) -> Response:
+        if response.status_code >= HTTPStatus.BAD_REQUEST and "body" not in g:
+            with suppress(HTTPException):  # then the connection is closed
+                read(request.environ, app.config["MAX_CONTENT_LENGTH"])
+        return response
 
 
 def read(environ: "WSGIEnvironment", limit: int) -> bytes:

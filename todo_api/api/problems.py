@@ -16,6 +16,7 @@ MEDIA_TYPE = "application/problem+json"
 # HTTP status -> the type of the problem, and its detail unless the error has a more specific one
 KINDS: dict[int, tuple[str, str]] = {
     400: ("malformed_request", "The request is malformed"),
+    403: ("cross_origin_refused", "The request comes from a page of an origin that CORS_ORIGINS does not list"),
     404: ("not_found", "There is nothing at this URL"),
     405: ("method_not_allowed", "This URL does not support the method; the Allow header lists the supported ones"),
     412: ("precondition_failed", "The task is not at a version that If-Match names"),
@@ -23,6 +24,7 @@ KINDS: dict[int, tuple[str, str]] = {
     414: ("uri_too_long", "The URL is too long"),
     415: ("unsupported_media_type", "The body must have no Content-Encoding, and be application/json"),
     417: ("expectation_failed", "The service does not support this Expect header"),
+    421: ("misdirected_request", "The service does not serve this Host; TRUSTED_HOSTS lists the hosts to add"),
     422: ("idempotency_key_reused", "This Idempotency-Key was used before, with another body"),
     431: ("request_header_fields_too_large", "The request has too many or too large header fields"),
     500: ("internal_error", "The log has the reason; search it for the X-Request-ID of this response"),

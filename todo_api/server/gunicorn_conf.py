@@ -14,7 +14,7 @@ from typing import Any
 from gunicorn import systemd
 
 from todo_api import database, logs, startup
-from todo_api.config import NUMBERS, ROOT  # gunicorn would take the name "config" for its setting
+from todo_api.config import NUMBERS, ROOT, is_loopback  # gunicorn would take the name "config" for its setting
 from todo_api.server import gunicorn_check
 
 _settings = startup.load_settings()
@@ -78,6 +78,8 @@ def on_starting(server: Any) -> None:
     if difference := gunicorn_check.difference():
         log.warning("%s: serving with gunicorn's own worker", difference)
     _check(cfg := server.cfg)
+    if _settings.local_only:
+        _check_addresses(cfg)
     # These handlers serve until gunicorn sets its own. A normal exit stops an embedded server.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
@@ -129,6 +131,32 @@ def _check(cfg: Any) -> None:
         )
     if cfg.threads != threads and cfg.worker_connections == worker_connections:
         cfg.set("worker_connections", _max_connections(cfg.threads))
+
+
+def _check_addresses(cfg: Any) -> None:
+    """End the process if it would listen on an address that other machines can reach.
+
+    A Unix socket is for users of this machine. After SIGUSR2, the sockets are those that the first start has checked.
+    """
+    activated = systemd.listen_fds(unset_environment=False)  # they replace --bind
+    addresses = range(systemd.SD_LISTEN_FDS_START, systemd.SD_LISTEN_FDS_START + activated) or cfg.address
+    for address in addresses:
+        name = _name_of(address) if isinstance(address, int) else address
+        if isinstance(name, tuple) and not is_loopback(name[0]):
+            startup.fail(
+                f"without tokens, the service listens on loopback addresses only, not on {name[0] or 'all addresses'} "
+                "(HOST, --bind or a socket of systemd): set AUTH_JWKS, or ALLOW_ANONYMOUS=true if something in front "
+                "asks who is calling"
+            )
+
+
+def _name_of(descriptor: int) -> Any:
+    """Return the address of an inherited socket, or None if it is no socket, which gunicorn reports."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as inherited:
+            return inherited.getsockname()
+    except OSError:
+        return None
 
 
 def on_reload(server: Any) -> None:

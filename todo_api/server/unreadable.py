@@ -39,6 +39,7 @@ _REASONS: dict[type[Exception], tuple[str, str]] = {
     errors.LimitRequestHeaders: ("The headers are too many or too large", ""),
 }
 _TIMEOUT = "The request was incomplete after the time limit"
+_FORBIDDEN = "The TLS or the PROXY protocol failed, or this client may not use it"
 _OUTSIDE = "The path does not begin with SCRIPT_NAME; if a proxy removes that prefix, set URL_PREFIX instead"
 
 
@@ -87,6 +88,8 @@ def _write_problem(connection: socket.socket, status: int, _reason: str, _messag
     error = sys.exception()  # gunicorn calls this function while it handles the error
     if isinstance(error, errors.ConfigurationProblem):  # a request causes only one: its path is outside of SCRIPT_NAME
         status, detail = HTTPStatus.NOT_FOUND, _OUTSIDE
+    elif status == HTTPStatus.FORBIDDEN:  # gunicorn's are of TLS and of the PROXY protocol; ours is another problem
+        status, detail = HTTPStatus.BAD_REQUEST, _FORBIDDEN
     else:
         detail = _detail(status, error)
     peer: object = None
