@@ -99,7 +99,7 @@ def _read() -> Settings:
 
 
 def _check_role(name: str) -> None:
-    if name == "none" or len(name.encode()) > _MAX_NAME_LENGTH:
+    if name.strip() == "none" or len(name.encode()) > _MAX_NAME_LENGTH:
         raise ValidationError(f"It must be the name of a role, of at most {_MAX_NAME_LENGTH} bytes, or empty.")
 
 

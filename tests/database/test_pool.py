@@ -10,14 +10,15 @@ from psycopg_pool import ConnectionPool
 
 from tests.support.databases import new_database
 from tests.support.processes import free_port, wait_until
-from todo_api.database import Database, InvalidValueError, UnavailableError, apply_migrations
+from todo_api.database import Database, InvalidValueError, UnavailableError, apply_migrations, ensure_role
 from todo_api.database.connection import Connection
 
 
 def database(conninfo: str, connections: int = 1) -> Database:
     """Return a database with the project's tables."""
     apply_migrations(conninfo)
-    return Database(lambda: conninfo, connections=connections, pooler=False, role="")
+    ensure_role(conninfo, "todo_app", pooler=False, owner=conninfo)
+    return Database(lambda: conninfo, connections=connections, pooler=False, role="todo_app")
 
 
 def test_an_idle_connection_that_cannot_be_checked_is_replaced(conninfo: str) -> None:

@@ -205,6 +205,33 @@ def test_32_threads_of_two_users_see_only_their_own_rows_while_connections_are_c
             assert other.execute(identity).fetchone() == (True, "")
 
 
+FAIL_AT_COMMIT = """
+    CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN IF new.title = ''fail'' THEN RAISE EXCEPTION USING ERRCODE = ''57P99''; END IF; RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER fail AFTER INSERT ON tasks DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION fail()
+"""
+
+
+@pytest.mark.parametrize("pooler", [False, True], ids=["prepared", "not prepared"])
+def test_a_failed_commit_is_no_success_and_leaves_a_connection_without_identity(
+    database: str, owner: psycopg.Connection[TupleRow], pooler: bool
+) -> None:
+    owner.execute(FAIL_AT_COMMIT)
+    ours = opened(database, pooler=pooler)
+    task = create(ours, "alice")
+    for user in ("fail", "bob", "fail"):  # the row arrives before the commit
+        with suppress(UnavailableError):
+            assert create(ours, user)["user_id"] == "bob"
+    assert [list_tasks(ours, user) for user in ("alice", "fail")] == [[task], []]
+    assert len(list_tasks(ours, "bob")) == 1
+    current: tuple[bytes, list[bytes]] = (
+        b"SELECT current_user = session_user, coalesce(current_setting('todo.user_id', TRUE), '')",
+        [],
+    )
+    assert ours.pool.fetch(current) == (b"t", b"")
+
+
 GUARDED = """
     SELECT
         tables.relname,
