@@ -57,7 +57,7 @@ CONDITIONS = block("README.md", "curl -s -o")
 RETRIES = block("README.md", "for attempt")
 TREE = block("README.md", "wsgi.py", "")
 OWN_POSTGRESQL = block(".deploy/README.md", "DATABASE_URL=")
-PSQL = block("sql/README.md", "psql")
+PSQL = block("sql/README.md", "psql -X -v ON_ERROR_STOP=1 -v task")
 ROWS = block("sql/README.md", "id |", "")
 FLASK_PSQL = block("sql/README.md", ".venv/bin/flask psql -X -v task=")
 REJECTED = block("sql/README.md", ".venv/bin/flask psql -X -v ON_ERROR_STOP=1")
@@ -251,17 +251,19 @@ def test_psql_names_the_documented_constraint(service: Service, project: Path) -
 
 
 def test_psql_can_be_a_user_and_can_hand_tasks_over(service: Service, project: Path) -> None:
-    def seen_by(user: str) -> str:
-        return output(AS_USER.replace("=alice", f"={user}"), service, project).splitlines()[2].strip()
+    def seen_by(user: str) -> list[int]:
+        counts = [AS_USER, AS_USER.replace("FROM tasks", "FROM idempotency_keys")]
+        return [int(output(count.replace("=alice", f"={user}"), service, project).split()[2]) for count in counts]
 
-    output(f"{PSQL}\ncurl -s {service.url}/api/tasks -d '{{}}' -H 'Idempotency-Key: 1'", service, project)
-    tasks = seen_by("local")
-    assert (int(tasks) > 0, seen_by("alice"), seen_by("nobody")) == (True, "0", "0")
+    service.client.post("/api/tasks", json={"title": "a"}, headers={"Idempotency-Key": "b"}).raise_for_status()
+    tasks, keys = seen_by("local")
+    assert (tasks > 0, keys > 0, seen_by("alice"), seen_by("nobody")) == (True, True, [0, 0], [0, 0])
     output(HAND_OVER, service, project)
-    assert (seen_by("alice"), seen_by("local")) == (tasks, "0")
+    assert (seen_by("alice"), seen_by("local")) == ([tasks, keys], [0, 0])
     assert service.client.get("/api/tasks").json() == []
-    output(HAND_OVER.replace("alice", "-").replace("local", "alice").replace("-", "local"), service, project)
-    assert (seen_by("alice"), seen_by("local")) == ("0", tasks)
+    back = re.sub("alice|local", lambda user: {"alice": "local", "local": "alice"}[user[0]], HAND_OVER)
+    output(back, service, project)
+    assert (seen_by("alice"), seen_by("local")) == ([0, 0], [tasks, keys])
 
 
 def test_the_example_of_a_migration_can_be_applied_and_rolled_back(service: Service, project: Path) -> None:
