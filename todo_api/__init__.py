@@ -21,7 +21,10 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
     app.config["APPLICATION_ROOT"] = settings.url_prefix + settings.script_name or "/"
     app.extensions["database"] = Database(
-        lambda: startup.prepare(settings), connections=settings.web_threads, pooler=settings.database_pooler
+        lambda: startup.prepare(settings),
+        connections=settings.web_threads,
+        pooler=settings.database_pooler,
+        role=settings.database_role,
     )
 
     app.wsgi_app = middleware.RequestLog(middleware.Mount(app.wsgi_app, settings.url_prefix))

@@ -30,6 +30,7 @@ class Settings:
 
     database_url: str = ""
     database_pooler: bool = False
+    database_role: str = "todo_app"
     migration_database_url: str = ""
     data_dir: Path = ROOT / ".data"
     postgres_bin: Path | None = None
@@ -79,7 +80,7 @@ def _read() -> Settings:
     load_dotenv(ROOT / ".env")
     env = Env()
     for name in map(str.upper, Settings.__dataclass_fields__):
-        if not os.environ.get(name, "unset").strip():
+        if name != "DATABASE_ROLE" and not os.environ.get(name, "unset").strip():
             del os.environ[name]  # an empty value, such as "PORT=", means the default
     if "URL_PREFIX" in os.environ and "SCRIPT_NAME" in os.environ:
         raise StartError(
@@ -90,6 +91,7 @@ def _read() -> Settings:
     return Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_check_database_url),
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
+        database_role=env.str("DATABASE_ROLE", Settings.database_role, validate=[_check_text, _check_role]).strip(),
         migration_database_url=env.str("MIGRATION_DATABASE_URL", "", validate=_check_database_url),
         # A relative path is relative to the project, not to the current folder.
         data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_check_path).expanduser(),
@@ -109,6 +111,12 @@ def _read() -> Settings:
     )
 
 
+def _check_role(name: str) -> None:
+    if name.strip() == "none" or len(name.encode()) > _MAX_NAME_LENGTH:
+        raise ValidationError(f"It must be the name of a role, of at most {_MAX_NAME_LENGTH} bytes, or empty.")
+
+
+_MAX_NAME_LENGTH = 63  # bytes; PostgreSQL cuts longer names
 _check_number = validate.Range(NUMBERS.start, NUMBERS.stop - 1)
 
 # Matches the URLs that libpq accepts, except those for which libpq's error message would show the password: with an

@@ -75,7 +75,8 @@ def ensure_server(settings: Settings) -> str:
 
     """
     if not settings.database_url:
-        return embedded.start(settings.data_dir, settings.postgres_bin, _most_connections(settings))
+        connections = _most_connections(settings)
+        return embedded.start(settings.data_dir, settings.postgres_bin, connections, settings.database_role)
     database.check_url("DATABASE_URL", settings.database_url)
     return settings.database_url
 
@@ -98,7 +99,9 @@ def prepare(settings: Settings) -> str:
                 database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
             if settings.database_url and not settings.database_pooler:
                 _check_session_settings(conninfo)
-            database.apply_migrations(settings.migration_database_url or conninfo)
+            owner = settings.migration_database_url or conninfo
+            database.apply_migrations(owner)
+            database.ensure_role(conninfo, settings.database_role, pooler=settings.database_pooler, owner=owner)
             if not settings.database_pooler:
                 _check_connection_limit(settings, conninfo)
             _migrated.add(conninfo)

@@ -1,6 +1,8 @@
 -- Creates a task, unless its idempotency key was used before, and returns the task as it was created.
 -- A retry returns this task again, even if it was changed or deleted in between. Returns no row if the key was used
--- with another task. A key is kept for at least 24 hours; each run deletes up to 10 older keys.
+-- with another task. A key is kept for at least 24 hours; each run deletes up to 10 older keys of the same user. The
+-- tables' owner can delete those of users who do not come back, for example once a day:
+-- DELETE FROM idempotency_keys WHERE created_at < now() - interval '24 hours'
 --
 -- task             jsonb  as in create.sql
 -- idempotency_key  text   the key that the client chose for this request, 1 to 255 characters
@@ -21,15 +23,15 @@ given AS (
 expired AS (
     DELETE FROM idempotency_keys
     WHERE
-        (user_id, key) IN (
-            SELECT
-                old.user_id,
-                old.key
+        user_id = :'user_id'::text
+        AND key IN (
+            SELECT old.key
             FROM idempotency_keys AS old
             WHERE
-                old.created_at < now() - interval '24 hours'
+                old.user_id = :'user_id'::text
+                AND old.created_at < now() - interval '24 hours'
                 -- One statement cannot delete a row here and update it below.
-                AND (old.user_id, old.key) <> (:'user_id'::text, :'idempotency_key'::text)
+                AND old.key <> :'idempotency_key'::text
             ORDER BY old.created_at
             LIMIT 10
             FOR UPDATE SKIP LOCKED

@@ -11,7 +11,7 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 
 from tests.support.databases import new_database
-from todo_api.database import migrations, statements
+from todo_api.database import ensure_role, migrations, statements
 
 TASK_STATEMENTS = {name: statement for name, statement in statements.load().items() if name.startswith("tasks/")}
 PARAMETERS = {
@@ -29,7 +29,7 @@ PARAMETERS = {
 PRIMARY_KEY, NEWEST_FIRST = {"tasks_pkey"}, {"tasks_newest_first"}
 INDEXES = {
     "tasks/create": set(),
-    "tasks/create_once": {"idempotency_keys_oldest_first", "idempotency_keys_pkey"},
+    "tasks/create_once": {"idempotency_keys_of_user_oldest_first", "idempotency_keys_pkey"},
     "tasks/delete": PRIMARY_KEY,
     "tasks/get": PRIMARY_KEY,
     "tasks/list": NEWEST_FIRST,
@@ -45,10 +45,11 @@ LIST_PARAMETERS = [
 
 
 @pytest.fixture(scope="module")
-def full_table(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
+def filled(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
     """Return a connection to a database with a million tasks: most belong to one user, few are completed."""
     with new_database(conninfo) as database:
         migrations.apply(database)
+        ensure_role(database, "todo_app", pooler=False, owner=database)
         with psycopg.connect(database, autocommit=True) as connection:
             connection.execute(
                 """
@@ -72,6 +73,19 @@ def full_table(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
             connection.execute("ANALYZE tasks, idempotency_keys")
             connection.execute("SET plan_cache_mode = force_generic_plan")  # as in the connections of the service
             yield connection
+
+
+@pytest.fixture(params=["owner", "role"])
+def full_table(
+    request: pytest.FixtureRequest, filled: psycopg.Connection[TupleRow]
+) -> Iterator[psycopg.Connection[TupleRow]]:
+    """Return the connection as the tables' owner, and as the role for which row-level security holds."""
+    if request.param == "role":
+        filled.execute(sql.SQL("SET todo.user_id = {}").format(PARAMETERS["user_id"]))
+        filled.execute("SET ROLE todo_app")
+        assert filled.execute(statements.load()["database/isolation"].rows).fetchall() == [(True,)]
+    yield filled
+    filled.execute("RESET ROLE")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -122,9 +136,12 @@ def test_a_page_is_read_from_the_index_in_order_starting_at_its_cursor(
         assert "ROW(created_at, id) < ROW(" in scan["Index Cond"]
 
 
-def test_create_once_reads_only_the_oldest_keys_and_its_own(full_table: psycopg.Connection[TupleRow]) -> None:
+def test_create_once_reads_only_the_oldest_keys_of_its_user_and_its_own(
+    full_table: psycopg.Connection[TupleRow],
+) -> None:
     plan = plan_of(full_table, "tasks/create_once", TASK_STATEMENTS["tasks/create_once"].row_json)
-    [oldest] = [node for node in plan if node.get("Index Name") == "idempotency_keys_oldest_first"]
+    [oldest] = [node for node in plan if node.get("Index Name") == "idempotency_keys_of_user_oldest_first"]
+    assert "user_id = $" in oldest["Index Cond"]
     assert "created_at <" in oldest["Index Cond"]
     # It finds its own key through the constraint that makes keys unique.
     [insert] = [node for node in plan if node.get("Conflict Arbiter Indexes")]

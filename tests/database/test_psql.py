@@ -17,7 +17,7 @@ from tests.support.databases import new_database
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Create
 from tests.support.psql import NULL, PSQLS, comparable, rows_of, run_psql
-from todo_api.database import migrations, statements
+from todo_api.database import ensure_role, migrations, statements
 
 TASK_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/tasks/*.sql"))
 DATABASE_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/database/*.sql"))
@@ -247,6 +247,7 @@ def own_database(conninfo: str) -> Iterator[str]:
     """Return the connection string of a database in which these tests may choose ids."""
     with new_database(conninfo) as database:
         migrations.apply(database)
+        ensure_role(database, "todo_app", pooler=False, owner=database)
         yield database
 
 

@@ -57,10 +57,12 @@ CONDITIONS = block("README.md", "curl -s -o")
 RETRIES = block("README.md", "for attempt")
 TREE = block("README.md", "wsgi.py", "")
 OWN_POSTGRESQL = block(".deploy/README.md", "DATABASE_URL=")
-PSQL = block("sql/README.md", "psql")
+PSQL = block("sql/README.md", "psql -X -v ON_ERROR_STOP=1 -v task")
 ROWS = block("sql/README.md", "id |", "")
 FLASK_PSQL = block("sql/README.md", ".venv/bin/flask psql -X -v task=")
 REJECTED = block("sql/README.md", ".venv/bin/flask psql -X -v ON_ERROR_STOP=1")
+AS_USER = block("sql/README.md", "PGOPTIONS=")
+HAND_OVER = block("sql/README.md", "psql -X -v ON_ERROR_STOP=1 -1")
 MIGRATION = block("sql/README.md", "-- depends:", "sql")
 ROLLBACK = block("sql/README.md", "DO $$", "sql")
 APPLY = block("sql/README.md", ".venv/bin/flask migrate")
@@ -207,7 +209,8 @@ def test_the_tables_list_every_setting_and_every_problem() -> None:
 
 def test_the_settings_in_the_text_are_in_the_table_with_the_same_default() -> None:
     shown = re.findall(r"`([A-Z_]+)`\s+\(`?([^`)]+)`?\)", README.partition("## Settings")[2].partition("\n## ")[0])
-    assert [name for name, _ in shown] == ["DATA_DIR", "HOST", "PORT", "USER_ID", "ALLOW_ANONYMOUS", "CORS_ORIGINS"]
+    names = ["DATA_DIR", "DATABASE_ROLE", "HOST", "PORT", "USER_ID", "ALLOW_ANONYMOUS", "CORS_ORIGINS"]
+    assert [name for name, _ in shown] == names
     rows = [line.split("|") for line in READMES[".deploy/README.md"].splitlines() if line.startswith("| ")]
     for name, default in shown:
         [row] = [row for row in rows if f"`{name}`" in row[1]]
@@ -246,6 +249,22 @@ def test_psql_names_the_documented_constraint(service: Service, project: Path) -
     assert done.returncode != 0
     (constraint,) = re.findall(r"names the constraint\s+`(\w+)`", READMES["sql/README.md"])
     assert f'"{constraint}"' in done.stderr
+
+
+def test_psql_can_be_a_user_and_can_hand_tasks_over(service: Service, project: Path) -> None:
+    def seen_by(user: str) -> list[int]:
+        counts = [AS_USER, AS_USER.replace("FROM tasks", "FROM idempotency_keys")]
+        return [int(output(count.replace("=alice", f"={user}"), service, project).split()[2]) for count in counts]
+
+    service.client.post("/api/tasks", json={"title": "a"}, headers={"Idempotency-Key": "b"}).raise_for_status()
+    tasks, keys = seen_by("local")
+    assert (tasks > 0, keys > 0, seen_by("alice"), seen_by("nobody")) == (True, True, [0, 0], [0, 0])
+    output(HAND_OVER, service, project)
+    assert (seen_by("alice"), seen_by("local")) == ([tasks, keys], [0, 0])
+    assert service.client.get("/api/tasks").json() == []
+    back = re.sub("alice|local", lambda user: {"alice": "local", "local": "alice"}[user[0]], HAND_OVER)
+    output(back, service, project)
+    assert (seen_by("alice"), seen_by("local")) == ([0, 0], [tasks, keys])
 
 
 def test_the_example_of_a_migration_can_be_applied_and_rolled_back(service: Service, project: Path) -> None:

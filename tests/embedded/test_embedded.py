@@ -109,6 +109,18 @@ def test_the_role_of_the_service_is_not_a_superuser(special_folder_service: Serv
     assert query(special_folder_service, role_query + " where rolname = current_user") == "f|f|f|f|f"
 
 
+def test_a_cluster_without_the_role_of_the_statements_gets_it_at_the_next_start(tmp_path: Path, start: Start) -> None:
+    first = start(DATA_DIR=tmp_path / "data", DATABASE_ROLE="").wait()  # as an earlier version left it
+    task_id = create_task(first)
+    assert "todo_app" not in query(first, "select rolname from pg_roles")
+    assert first.stop() == 0
+    for role in ("todo_app", 'an "odd" \\ role'):
+        service = start(DATA_DIR=tmp_path / "data", DATABASE_ROLE=role).wait()
+        assert has_task(service, task_id)
+        assert role in query(service, "select rolname from pg_roles").splitlines()
+        assert service.stop() == 0
+
+
 def test_a_long_path_gets_a_private_socket_folder_that_is_reused_and_removed(
     tmp_path: Path, stopped_data_dir: Path, start: Start
 ) -> None:

@@ -140,7 +140,8 @@ def test_10_000_of_the_largest_tasks_arrive_completely_over_a_slow_link(
 SLOW_READS = """
     ALTER TABLE tasks RENAME TO stored;
     CREATE FUNCTION slow() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(%s); RETURN TRUE; END';
-    CREATE VIEW tasks AS SELECT * FROM stored WHERE slow()
+    CREATE VIEW tasks AS SELECT * FROM stored WHERE slow();
+    GRANT SELECT ON tasks TO todo_app
 """
 
 

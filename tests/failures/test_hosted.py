@@ -142,11 +142,11 @@ def test_the_error_for_a_proxy_that_rejects_options_names_database_pooler(postgr
 
 def test_a_server_out_of_connections_is_not_taken_for_a_pooler(postgres: Postgres, start: Start) -> None:
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
-        db.execute("CREATE ROLE single LOGIN CONNECTION LIMIT 1")
+        db.execute("CREATE ROLE single LOGIN CREATEROLE CONNECTION LIMIT 1")
         db.execute("CREATE DATABASE single OWNER single")
     single = make_conninfo(postgres.conninfo, user="single", dbname="single")
     with psycopg.connect(single):
-        service = start(DATABASE_URL=as_url(single), DATABASE_POOLER=False)
+        service = start(DATABASE_URL=as_url(single), DATABASE_POOLER=False, DATABASE_ROLE="of_single")
         wait_until(lambda: service.answers("/healthz"))
         assert "too many connections" in service.log()
     service.wait()
@@ -157,14 +157,15 @@ def test_a_start_logs_how_many_connections_it_needs_if_the_server_allows_fewer(
     postgres: Postgres, start: Start
 ) -> None:
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
-        db.execute("CREATE ROLE five LOGIN CONNECTION LIMIT 5")
+        db.execute("CREATE ROLE five LOGIN CREATEROLE CONNECTION LIMIT 5")
         db.execute("CREATE DATABASE five OWNER five CONNECTION LIMIT 9")
-    url = as_url(make_conninfo(postgres.conninfo, user="five", dbname="five"))
-    fitting = start(DATABASE_URL=url, DATABASE_POOLER=False).wait()
+    five = make_conninfo(postgres.conninfo, user="five", dbname="five")
+    settings = {"DATABASE_URL": as_url(five), "DATABASE_POOLER": False, "DATABASE_ROLE": "of_five"}
+    fitting = start(**settings).wait()
     assert "connections, but the server allows" not in fitting.log()
     assert fitting.stop() == 0
     command = [sys.executable, "wsgi.py", "--threads", "3"]
-    service = start(DATABASE_URL=url, DATABASE_POOLER=False, WEB_CONCURRENCY=2, command=command).wait()
+    service = start(**settings, WEB_CONCURRENCY=2, command=command).wait()
     warning = "2 workers with 3 threads each need 6 database connections, but the server allows 5: "
     assert service.log().count(warning) == 1
     assert service.stop() == 0

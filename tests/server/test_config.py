@@ -200,6 +200,7 @@ def test_an_empty_value_means_the_default(project: Path) -> None:
     defaults = settings(project, **dict.fromkeys(names, " "))
     assert defaults == settings(project, **dict.fromkeys(names, ""))
     assert defaults.port == config.Settings.port
+    assert defaults.database_role == ""  # the one exception
 
 
 def test_the_example_lists_every_setting_with_its_default(project: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_wrong_password_is_logged_without_the_password_and_can_be_corrected_la
     postgres: Postgres, start: Start
 ) -> None:
     database = new_database(postgres, "locked")
-    query(database, "CREATE ROLE alice LOGIN PASSWORD 'another'")
+    query(database, "CREATE ROLE alice SUPERUSER LOGIN PASSWORD 'another'")
     query(database, "ALTER DATABASE locked OWNER TO alice")
     rules = postgres.cluster / "pg_hba.conf"
     rules.write_text(f"local locked alice scram-sha-256\n{rules.read_text()}")

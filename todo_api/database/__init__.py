@@ -12,10 +12,11 @@ from weakref import WeakSet
 import psycopg
 
 from todo_api.database import statements
-from todo_api.database.connection import connection_limit, has_session_settings
+from todo_api.database.connection import Query, Row, connection_limit, has_session_settings
 from todo_api.database.errors import InvalidValueError, SilentError, UnavailableError, is_schema_error, translated
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
+from todo_api.database.role import ensure as ensure_role
 from todo_api.database.statements import SEPARATOR
 from todo_api.database.url import asks_for_tls, check_url, libpq_variables
 
@@ -29,6 +30,7 @@ __all__ = [
     "asks_for_tls",
     "check_url",
     "connection_limit",
+    "ensure_role",
     "fill_pools",
     "has_session_settings",
     "libpq_variables",
@@ -42,17 +44,19 @@ _databases: "WeakSet[Database]" = WeakSet()
 class Database:
     """A pool of connections to one PostgreSQL, and the statements of sql/ to run on it."""
 
-    def __init__(self, get_conninfo: Callable[[], str], *, connections: int, pooler: bool) -> None:
+    def __init__(self, get_conninfo: Callable[[], str], *, connections: int, pooler: bool, role: str) -> None:
         """Load the statements, without connecting to the database.
 
         ``get_conninfo`` returns the connection string; it is called for each new connection, in a thread of the pool.
         ``pooler`` is true if the connection string leads to a pooler in transaction mode, such as PgBouncer.
+        ``role`` is the role that statements run as, for which row-level security holds; '' for the login role.
 
         Raises:
             StatementError: the files in sql/ are invalid.
 
         """
         self._statements = statements.load()
+        self._role = role
         self._missing: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
         self.pool = Pool(get_conninfo, connections, pooler=pooler)
         _databases.add(self)
@@ -66,7 +70,7 @@ class Database:
 
         """
         statement = self._statements[name]
-        row = self._fetch(name, statement.row_json, statement.values(parameters))
+        row = self._fetch(name, statement.row_json, parameters)
         return row[0] if row else None
 
     def fetch_json_list(self, name: str, **parameters: Any) -> tuple[bytes, int]:
@@ -80,12 +84,13 @@ class Database:
 
         """
         statement = self._statements[name]
-        row = self._fetch(name, statement.rows_json, statement.values(parameters))
+        row = self._fetch(name, statement.rows_json, parameters)
         return (row[0], int(row[1])) if row else (b"[]", 0)
 
-    def _fetch(self, name: str, sql: bytes, values: list[bytes]) -> tuple[bytes, ...] | None:
+    def _fetch(self, name: str, sql: bytes, parameters: dict[str, Any]) -> Row | None:
+        query = sql, self._statements[name].values(parameters)
         try:
-            row = self.pool.fetch(sql, values)
+            row = self.pool.fetch(*self._identity(parameters), query)
         except UnavailableError as error:
             if not self.pool.outage.active:  # an outage is logged once, not for each statement
                 log.warning("%s: %s", name, error)
@@ -102,6 +107,16 @@ class Database:
         if self._missing.pop(name, None):
             log.warning("%s: the statement works again", name)
         return row
+
+    def _identity(self, parameters: dict[str, Any]) -> list[Query]:
+        """Return the statement that travels in front, so that PostgreSQL shows and changes only this user's rows.
+
+        A call without ``user_id`` has an identity too: nobody's, for whom there are no rows.
+        """
+        if not self._role:
+            return []
+        identify = self._statements["database/identify"]
+        return [identify.query(role=self._role, user_id=parameters.get("user_id", ""))]
 
     def _record_missing(self, name: str, reason: str) -> None:
         """Record what the database lacks for a statement, and log each reason once. A reason contains names only."""

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any, Self
 
 import psycopg
-from psycopg.pq import DiagnosticField, ExecStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 
@@ -51,7 +51,7 @@ _ROUNDS = 3  # attempts to connect with and without our options
 _INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_FAIL = 6  # silent intervals after which a connection is abandoned, unless the caller decides otherwise
 _CANCEL_TIMEOUT = 0.2  # seconds
-_PAUSES = [
+PAUSES = [
     *(0.001 * 2**n for n in range(7)),
     *[0.1] * 10,
 ]  # upper limits of the random pauses between retries, in seconds
@@ -59,7 +59,8 @@ _ERRORS_OF_CLASSES: dict[bytes, type[psycopg.Error]] = {
     b"22": psycopg.DataError,
     **dict.fromkeys((b"08", b"40", b"53", b"55", b"57", b"58"), psycopg.OperationalError),
 }
-_SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
+_SYNC = ExecStatus.PIPELINE_SYNC
+_SUCCESS = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK, _SYNC}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: on, for 0 seconds
 
 
@@ -102,13 +103,16 @@ class NetworkConnection(psycopg.Connection[TupleRow]):
 
 
 OnSilence = Callable[[int], None]  # called with the number of silent intervals
+Query = tuple[bytes, Sequence[bytes]]  # a statement, and the values of its parameters
+Row = tuple[bytes, ...]
 
 
 class Connection(NetworkConnection):
     """A connection that tells the caller if nothing arrives while a statement runs.
 
-    psycopg opens and closes the connection. Statements go through psycopg.pq, its interface to libpq, for three
-    reasons: parameters are texts, results are passed on as bytes, and the wait for a result has limits of its own.
+    psycopg opens and closes the connection. Statements go through psycopg.pq, its interface to libpq, for four reasons:
+    parameters are texts, results are passed on as bytes, the wait for a result has limits of its own, and a pipeline
+    costs less there. See https://www.postgresql.org/docs/current/libpq-pipeline-mode.html
     """
 
     options = OPTIONS
@@ -141,6 +145,7 @@ class Connection(NetworkConnection):
         self._readable, self._readable_or_writable = select.poll(), select.poll()
         self._readable.register(self.fileno(), select.POLLIN)
         self._readable_or_writable.register(self.fileno(), select.POLLIN | select.POLLOUT)
+        self.pgconn.enter_pipeline_mode()
 
     def has_ended(self) -> bool:
         """Return whether this idle connection is closed. The socket is readable if the server has closed it.
@@ -155,30 +160,28 @@ class Connection(NetworkConnection):
         """Return the id of the server's process, or 0 if it is unknown."""
         return self.pgconn.backend_pid
 
-    def fetch(
-        self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence | None = None
-    ) -> tuple[bytes, ...] | None:
-        """Run a statement and return its first row, or None if there is no row.
+    def fetch(self, *queries: Query, on_silence: OnSilence | None = None) -> Row | None:
+        """Run statements in one transaction and one round trip. Return the first row of the last one, or None.
 
         ``on_silence`` is called after each interval in which nothing arrives. It may cancel the statement or raise
         Silence. Without it, the call fails after six such intervals.
 
-        The statement is retried if PostgreSQL rolled it back in favour of another one. PostgreSQL does so to end a
+        The transaction is retried if PostgreSQL rolled it back in favour of another one. PostgreSQL does so to end a
         deadlock, and if the database's default isolation level is stricter than READ COMMITTED.
 
         Raises:
             Silence: the server does not respond; the connection must be abandoned.
             Unreplicated: the synchronous standby may not have the commit.
-            psycopg.Error: the statement failed.
+            psycopg.Error: a statement or the commit failed.
 
         """
         on_silence = on_silence or _give_up
-        for pause in _PAUSES:
+        for pause in PAUSES:
             try:
-                return self._fetch(sql, values, on_silence)
+                return self._fetch(queries, on_silence)
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
                 time.sleep(random.uniform(0, pause))
-        return self._fetch(sql, values, on_silence)
+        return self._fetch(queries, on_silence)
 
     def cancel_statement(self) -> None:
         """Ask the server to cancel the statement. It then ends with a result or an error, so its outcome is known.
@@ -200,48 +203,63 @@ class Connection(NetworkConnection):
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.close()
 
-    def _fetch(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> tuple[bytes, ...] | None:
-        self._send(sql, values, on_silence)
-        result = self._result(on_silence)
+    def _fetch(self, queries: Sequence[Query], on_silence: OnSilence) -> Row | None:
+        self._send(queries, on_silence)
+        result = self._sync(on_silence)[-1]
         if not result.ntuples:
             return None
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
-    def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
-        """Send a statement, prepared. There are few statements, so each is prepared once and kept."""
-        name = self._names.get(sql)
-        if name is None:
-            name = f"todo_api_{len(self._names)}".encode()
-            self.pgconn.send_prepare(name, sql)
-            self._result(on_silence)
-            self._names[sql] = name
-        self.pgconn.send_query_prepared(name, values)
+    def _send(self, queries: Sequence[Query], on_silence: OnSilence) -> None:
+        """Queue statements, prepared. There are few statements, so each is prepared once and kept."""
+        for sql, _ in queries:
+            if sql not in self._names:
+                name = f"todo_api_{len(self._names)}".encode()
+                self.pgconn.send_prepare(name, sql)
+                self._sync(on_silence)
+                self._names[sql] = name
+        for sql, values in queries:
+            self.pgconn.send_query_prepared(self._names[sql], values)
 
-    def _result(self, on_silence: OnSilence) -> PGresult:
-        """Return the result of a statement after waiting for it."""
-        results = []
-        while result := self._next_result(on_silence):
-            results.append(result)
-        for result in results:  # if the commit fails, an error follows the rows
+    def _sync(self, on_silence: OnSilence) -> list[PGresult]:
+        """End the transaction of the queued statements, and return their results after its commit.
+
+        If a statement fails, PostgreSQL skips those after it, so the first error is the one that counts. If the commit
+        fails, its error follows the results.
+        """
+        self.pgconn.pipeline_sync()
+        results = self._results(on_silence)
+        for result in results:
             if result.status not in _SUCCESS:
                 raise _error(result)
+        if not results or results.pop().status != _SYNC:
+            raise psycopg.OperationalError("the connection broke before the commit")
         if self._unreplicated:
             self._unreplicated = False
             raise Unreplicated("the wait for a synchronous standby was cancelled")
-        return results[0]
+        return results
 
-    def _next_result(self, on_silence: OnSilence) -> PGresult | None:
-        """Return the next result after waiting for it, or None after the last one."""
+    def _results(self, on_silence: OnSilence) -> list[PGresult]:
+        """Send what is queued, wait, and return the results up to that of the Sync, which comes after the commit."""
         pgconn = self.pgconn
+        results: list[PGresult] = []
+        unsent = pgconn.flush()
         silent = 0  # intervals
-        while (unsent := pgconn.flush()) or pgconn.is_busy():
-            if (self._readable_or_writable if unsent else self._readable).poll(_INTERVAL):
-                silent = 0
-                pgconn.consume_input()
-            else:
-                silent += 1
-                on_silence(silent)
-        return pgconn.get_result()
+        while True:
+            if unsent or pgconn.is_busy():
+                if (self._readable_or_writable if unsent else self._readable).poll(_INTERVAL):
+                    silent = 0
+                    pgconn.consume_input()
+                    unsent = unsent and pgconn.flush()
+                else:
+                    silent += 1
+                    on_silence(silent)
+            elif result := pgconn.get_result():  # None separates the results of two statements
+                results.append(result)
+                if result.status == _SYNC:
+                    return results
+            elif pgconn.status != ConnStatus.OK:
+                return results
 
     def _handle_notice(self, notice: psycopg.errors.Diagnostic) -> None:
         # PostgreSQL reports this with a warning. The warning's text depends on the language, its source does not.
@@ -251,10 +269,11 @@ class Connection(NetworkConnection):
 class UnpreparedConnection(Connection):
     """A connection without prepared statements."""
 
-    def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
-        """Send a statement without preparing it."""
+    def _send(self, queries: Sequence[Query], on_silence: OnSilence) -> None:
+        """Queue statements without preparing them."""
         del on_silence
-        self.pgconn.send_query_params(sql, values)
+        for sql, values in queries:
+            self.pgconn.send_query_params(sql, values)
 
 
 class PoolerConnection(UnpreparedConnection):
@@ -268,7 +287,7 @@ class PoolerConnection(UnpreparedConnection):
         """Prepare a new connection for use, and check that PostgreSQL can be reached."""
         super().configure()
         # A pooler accepts clients even if its server cannot be reached. Any statement shows that.
-        self.fetch(statements.load()["database/session"].rows, [])
+        self.fetch(statements.load()["database/session"].query())
 
 
 def _give_up(silent_intervals: int) -> None:
@@ -317,9 +336,9 @@ def has_session_settings(conninfo: str) -> bool:
     return False
 
 
-def _session_setting(connection_class: type[Connection], conninfo: str) -> tuple[bytes, ...] | None:
+def _session_setting(connection_class: type[Connection], conninfo: str) -> Row | None:
     with connection_class.connect(conninfo, **connection_class.arguments) as connection:
-        return connection.fetch(statements.load()["database/session"].rows, [])
+        return connection.fetch(statements.load()["database/session"].query())
 
 
 def connection_limit(conninfo: str) -> int:
@@ -331,7 +350,7 @@ def connection_limit(conninfo: str) -> int:
     """
     try:
         with UnpreparedConnection.connect(conninfo, **Connection.arguments) as connection:
-            row = connection.fetch(statements.load()["database/connection_limit"].rows, [])
+            row = connection.fetch(statements.load()["database/connection_limit"].query())
     except psycopg.Error as error:
         raise unreachable(error) from error
     return int(row[0]) if row else 0

@@ -24,6 +24,7 @@ _SCHEMA_ERRORS = (
     psycopg.errors.UndefinedObject,
     psycopg.errors.InvalidSchemaName,
     psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.InvalidParameterValue,  # 22023: the role of DATABASE_ROLE was dropped
 )
 # Maps psycopg's errors to the errors above. The first match counts. Any other error is a bug and is not translated.
 _TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidValueError]]] = [

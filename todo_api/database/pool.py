@@ -2,13 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout, TooManyRequests
 
 from todo_api.database import statements
-from todo_api.database.connection import LONGEST_STATEMENT, Connection, OnSilence, PoolerConnection, Silence
+from todo_api.database.connection import (
+    LONGEST_STATEMENT,
+    Connection,
+    OnSilence,
+    PoolerConnection,
+    Query,
+    Row,
+    Silence,
+)
 from todo_api.database.errors import UnavailableError
 from todo_api.database.outage import Outage
 
@@ -62,12 +70,12 @@ class Pool:
         self._size = size
         self._pool.resize(size, size)
 
-    def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
-        """Run a statement and return its first row, or None if there is no row.
+    def fetch(self, *queries: Query) -> Row | None:
+        """Run statements in one transaction, and return the first row of the last one, or None if there is no row.
 
         Raises:
             UnavailableError: no connection is available.
-            psycopg.Error: the statement failed.
+            psycopg.Error: a statement or the commit failed.
 
         """
         connection = self._get_working(time.monotonic() + _WAIT)
@@ -80,19 +88,17 @@ class Pool:
                 return
             if cancelled:
                 raise Silence("the server does not cancel the statement")
-            waits = self._waits_for_others(connection, sql)
+            waits = self._waits_for_others(connection, queries[-1][0])
             if (waits and intervals >= _INTERVALS_TO_CANCEL) or time.monotonic() > latest:
                 connection.cancel_statement()
                 cancelled = True
 
-        return self._run(connection, sql, values, on_silence)
+        return self._run(connection, *queries, on_silence=on_silence)
 
-    def _run(
-        self, connection: Connection, sql: bytes, values: Sequence[bytes], on_silence: OnSilence
-    ) -> tuple[bytes, ...] | None:
+    def _run(self, connection: Connection, *queries: Query, on_silence: OnSilence) -> Row | None:
         self._busy.add(connection)
         try:
-            return connection.fetch(sql, values, on_silence)
+            return connection.fetch(*queries, on_silence=on_silence)
         except Silence:
             connection.abandon()
             # So that no other statement waits for the same silent server. The outage ends with the next connection.
@@ -116,7 +122,8 @@ class Pool:
         """
         asked = time.monotonic()
         try:
-            row = self._ask({"pid": silent.backend_pid, "statement": sql.decode()}, asked + _ASK_TIMEOUT)
+            question = self._question.query(pid=silent.backend_pid, statement=sql.decode())
+            row = self._ask(question, asked + _ASK_TIMEOUT)
         except UnavailableError as error:
             # A server that rejects connections, for example because it allows no more, does respond.
             if not silent.rejected_by_server or self.outage.responded_at < asked:
@@ -124,7 +131,7 @@ class Pool:
             return False
         return row == (b"t",)
 
-    def _ask(self, parameters: dict[str, object], deadline: float) -> tuple[bytes, ...] | None:
+    def _ask(self, question: Query, deadline: float) -> Row | None:
         """Ask the server what a statement waits for. One thread asks at a time."""
 
         def on_silence(_: int) -> None:
@@ -135,7 +142,7 @@ class Pool:
             raise UnavailableError("other threads are asking the server")
         try:
             connection = self._get_working(deadline)
-            return self._run(connection, self._question.rows, self._question.values(parameters), on_silence)
+            return self._run(connection, question, on_silence=on_silence)
         finally:
             self._asking.release()
 

@@ -71,6 +71,15 @@ class Statement:
     row_json: bytes
     rows_json: bytes
 
+    def query(self, **given: object) -> tuple[bytes, list[bytes]]:
+        """Return the statement itself and the values of its parameters.
+
+        Raises:
+            InvalidValueError: a value contains a NUL or a lone surrogate, which PostgreSQL cannot store.
+
+        """
+        return self.rows, self.values(given)
+
     def values(self, given: Mapping[str, object]) -> list[bytes]:
         """Return the values of the parameters in their order, as UTF-8 text.
 

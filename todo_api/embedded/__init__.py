@@ -33,7 +33,8 @@ from todo_api.embedded.programs import Programs
 
 log = logging.getLogger(__name__)
 
-_NAME = "todo"  # the name of the service's role, and of the database that the role owns
+_NAME = "todo"  # the name of the role that the service logs in as, and of the database that this role owns
+_MISSING_GRANTS = config.ROOT / "sql" / "database" / "missing_grants.sql"
 _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers from a crash responds, and may take longer
 _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
 
@@ -44,11 +45,13 @@ _servers: dict[Path, locks.ServerLock] = {}  # the server, even if the folder is
 _served: set[Path] = set()  # folders whose server this process, or its parent, has used
 
 
-def start(data_dir: Path, postgres_bin: Path | None = None, connections: int = 100) -> str:
+def start(
+    data_dir: Path, postgres_bin: Path | None = None, connections: int = 100, role: str = config.Settings.database_role
+) -> str:
     """Start the server if it is not running, and return its connection string.
 
     The server stops when the last process that uses it exits. If it is started here, it accepts up to
-    ``connections`` connections.
+    ``connections`` connections. The user of the connection string may work as ``role``, unless that is ''.
 
     Raises:
         StartError: the server cannot be started.
@@ -56,12 +59,12 @@ def start(data_dir: Path, postgres_bin: Path | None = None, connections: int = 1
     """
     config.drop_libpq_variables()
     try:
-        return _start(data_dir, postgres_bin, connections)
+        return _start(data_dir, postgres_bin, connections, role)
     except (OSError, UnicodeError) as error:
         raise StartError(f"DATA_DIR {data_dir}: {error}") from error
 
 
-def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
+def _start(setting: Path, postgres_bin: Path | None, connections: int, role: str) -> str:
     found = programs.find(postgres_bin)
     data_dir = setting.resolve()
     cluster = data_dir / "postgres"
@@ -80,7 +83,7 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
         else:
             clusters.create(cluster, found, lock)
             conninfo = _launch(cluster, found, connections)
-        _ensure_database(conninfo, found)
+        _ensure_database(conninfo, found, role)
     if setting not in _served:
         log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
         _served.add(setting)
@@ -302,18 +305,25 @@ def _ping(conninfo: str, found: Programs) -> Ping:
     return Ping(found.ping(conninfo))
 
 
-def _ensure_database(conninfo: str, found: Programs) -> None:
-    """Create the service's database, and its role (not a superuser), unless an earlier start has created them."""
+def _ensure_database(conninfo: str, found: Programs, role: str) -> None:
+    """Create what earlier starts have not created: the database, its owner (not a superuser), and the owner's role."""
     try:
-        psycopg.connect(conninfo).close()
+        # Fails, too, if the owner may not work as the role.
+        psycopg.connect(conninfo, options="-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None).close()
     except psycopg.OperationalError:
-        server = [f"--host={conninfo_to_dict(conninfo)['host']}", f"--port={socket_folder.PORT}", "--username=postgres"]
+        host = conninfo_to_dict(conninfo)["host"]
+        server = [f"--host={host}", f"--port={socket_folder.PORT}", "--username=postgres"]
         # libpq reports no SQLSTATE for a failed connection, so the server is asked for its databases. If that fails,
         # the next attempt to connect shows the reason.
         listed = found.run("psql", *server, "--no-psqlrc", "-Atl", "-d", "postgres", may_fail=True)
-        if not listed or re.search(rf"(?m)^{_NAME}\|", listed):
+        if not listed:
             return
-        log.info("creating the role and the database %s", _NAME)
-        # The role already exists if an earlier start was killed between these two commands.
-        found.run("createuser", *server, _NAME, may_fail=True)
-        found.run("createdb", *server, f"--owner={_NAME}", _NAME)
+        if not re.search(rf"(?m)^{_NAME}\|", listed):
+            log.info("creating the role and the database %s", _NAME)
+            # The role already exists if an earlier start was killed between these two commands.
+            found.run("createuser", *server, _NAME, may_fail=True)
+            found.run("createdb", *server, f"--owner={_NAME}", _NAME)
+        missing = [f"--set=role={role}", f"--file={_MISSING_GRANTS}", f"--dbname={conninfo}"]
+        if role and (commands := found.run("psql", "--no-psqlrc", "-At", *missing, may_fail=True).strip()):
+            log.info("row-level security: %s", commands)
+            found.run("psql", *server, "--no-psqlrc", "-d", _NAME, "--command", commands)
