@@ -137,6 +137,35 @@ def test_10_000_of_the_largest_tasks_arrive_completely_over_a_slow_link(
     assert {(len(task["title"]), task["description"]) for task in tasks} == {(200, LARGEST_CHARACTER * 2000)}
 
 
+LARGEST_IN_JSON = LARGEST.replace("U&'\\+01F600'", "E'\\x01'")  # JSON escapes this character with six bytes
+LARGEST_PAGE = 96 * 1024 * 1024  # bytes
+
+
+def test_a_page_ends_before_it_gets_too_large_and_leaves_little_memory_in_use(
+    postgres: Postgres, start: Start, figure: Figure
+) -> None:
+    service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute(LARGEST_IN_JSON.encode())
+    [worker] = workers(service)
+    before = worker.memory_info().rss
+    titles, url = [], "/api/tasks"
+    while url:
+        response = service.client.get(url, timeout=120)
+        assert response.status_code == httpx.codes.OK
+        assert len(response.content) <= LARGEST_PAGE
+        titles += [task["title"].lstrip("\x01") for task in response.json()]
+        url = response.links.get("next", {}).get("url", "")
+    assert titles == [f".{n}" for n in range(10_000, 0, -1)]
+
+    for _ in range(6):
+        assert service.client.get("/api/tasks", timeout=120).status_code == httpx.codes.OK
+    kept = (worker.memory_info().rss - before) // 2**20
+    figure("memory that a worker keeps after lists of the largest tasks, MiB", kept)
+    assert kept < 400
+    assert service.stop() == 0
+
+
 SLOW_READS = """
     ALTER TABLE tasks RENAME TO stored;
     CREATE FUNCTION slow() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(%s); RETURN TRUE; END';

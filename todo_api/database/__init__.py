@@ -68,10 +68,10 @@ class Database:
         row = self._fetch(name, statement.row_json, statement.values(parameters))
         return row[0] if row else None
 
-    def fetch_json_list(self, name: str, **parameters: Any) -> tuple[bytes, int]:
-        """Run a statement and return its rows as a JSON array, and their number.
+    def fetch_json_list(self, name: str, **parameters: Any) -> tuple[list[bytes], int]:
+        """Run a statement and return its rows as JSON arrays of up to 4000 rows each, and the number of all rows.
 
-        ``SEPARATOR`` separates the elements of the array and occurs nowhere else in it.
+        ``SEPARATOR`` separates the elements of an array and occurs nowhere else in it.
 
         Raises:
             UnavailableError: the database cannot run the statement now.
@@ -79,8 +79,8 @@ class Database:
 
         """
         statement = self._statements[name]
-        row = self._fetch(name, statement.rows_json, statement.values(parameters))
-        return (row[0], int(row[1])) if row else (b"[]", 0)
+        values = self._fetch(name, statement.rows_json, statement.values(parameters)) or ()
+        return list(values[::2]), sum(map(int, values[1::2]))
 
     def _fetch(self, name: str, sql: bytes, values: list[bytes]) -> tuple[bytes, ...] | None:
         try:

@@ -51,6 +51,8 @@ _ROUNDS = 3  # attempts to connect with and without our options
 _INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_FAIL = 6  # silent intervals after which a connection is abandoned, unless the caller decides otherwise
 _CANCEL_TIMEOUT = 0.2  # seconds
+# In bytes. libpq keeps a buffer as large as the largest row of a connection, so a connection is closed after more.
+_LARGEST_KEPT = 16 * 1024 * 1024
 _PAUSES = [
     *(0.001 * 2**n for n in range(7)),
     *[0.1] * 10,
@@ -158,7 +160,7 @@ class Connection(NetworkConnection):
     def fetch(
         self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence | None = None
     ) -> tuple[bytes, ...] | None:
-        """Run a statement and return its first row, or None if there is no row.
+        """Run a statement and return the values of its rows, one row after another, or None if there is no row.
 
         ``on_silence`` is called after each interval in which nothing arrives. It may cancel the statement or raise
         Silence. Without it, the call fails after six such intervals.
@@ -205,7 +207,12 @@ class Connection(NetworkConnection):
         result = self._result(on_silence)
         if not result.ntuples:
             return None
-        return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
+        values = tuple(
+            result.get_value(row, column) or b"" for row in range(result.ntuples) for column in range(result.nfields)
+        )
+        if sum(map(len, values)) > _LARGEST_KEPT:
+            self.close()
+        return values
 
     def _send(self, sql: bytes, values: Sequence[bytes], on_silence: OnSilence) -> None:
         """Send a statement, prepared. There are few statements, so each is prepared once and kept."""

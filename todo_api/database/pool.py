@@ -63,7 +63,7 @@ class Pool:
         self._pool.resize(size, size)
 
     def fetch(self, sql: bytes, values: Sequence[bytes]) -> tuple[bytes, ...] | None:
-        """Run a statement and return its first row, or None if there is no row.
+        """Run a statement and return the values of its rows, one row after another, or None if there is no row.
 
         Raises:
             UnavailableError: no connection is available.
