@@ -85,7 +85,7 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int) -> str:
         if running and setting in _served:
             return running
         conninfo = running or _launch(cluster, found, connections)
-        if access.is_allowed_only(cluster, _NAME) and _is_dropped(conninfo, found):
+        if _needs_superuser(conninfo, found) and not _can_log_in(_as_superuser(conninfo)):
             access.allow(cluster, _NAME, _SUPERUSER)
             clusters.stop(cluster, server_lock)
             conninfo = _launch(cluster, found, connections)
@@ -316,7 +316,7 @@ def _set_up(cluster: Path, conninfo: str, found: Programs) -> None:
     As long as the superuser can log in, the set-up is not complete. So the next start completes the set-up of a start
     that was killed, and that of a cluster that an earlier version has created.
     """
-    superuser = make_conninfo(conninfo, dbname=_SUPERUSER, user=_SUPERUSER)
+    superuser = _as_superuser(conninfo)
     if not _can_log_in(superuser):
         return
     if _NAME not in _databases(superuser, found):
@@ -335,6 +335,10 @@ def _set_up(cluster: Path, conninfo: str, found: Programs) -> None:
         time.sleep(0.02)
 
 
+def _as_superuser(conninfo: str) -> str:
+    return make_conninfo(conninfo, dbname=_SUPERUSER, user=_SUPERUSER)
+
+
 def _can_log_in(conninfo: str) -> bool:
     try:
         psycopg.connect(conninfo).close()
@@ -343,8 +347,8 @@ def _can_log_in(conninfo: str) -> bool:
     return True
 
 
-def _is_dropped(conninfo: str, found: Programs) -> bool:
-    """Return whether the service's role can log in, but not to its database, because somebody has dropped that."""
+def _needs_superuser(conninfo: str, found: Programs) -> bool:
+    """Return whether something is missing that only the superuser can create: the database, if somebody dropped it."""
     if _can_log_in(conninfo):
         return False
     # libpq does not tell why it could not connect, so the server is asked for its databases. If that fails too, the
