@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 from tests.support.processes import send, wait_until
 from todo_api.embedded import cluster, locks, programs, socket_folder
@@ -26,7 +27,7 @@ def admit_superuser(cluster: Path, postmaster: psutil.Process) -> str:
     with (cluster / "pg_hba.conf").open("a", encoding="utf-8") as rules:
         rules.write("local all postgres trust\n")
     send(signal.SIGHUP, postmaster)
-    superuser = f"host={cluster} port={socket_folder.PORT} user=postgres dbname=postgres"
+    superuser = make_conninfo(host=str(cluster), port=socket_folder.PORT, user="postgres", dbname="postgres")
     wait_until(lambda: can_log_in(superuser))
     return superuser
 
