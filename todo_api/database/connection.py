@@ -51,8 +51,8 @@ _ROUNDS = 3  # attempts to connect with and without our options
 _INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_FAIL = 6  # silent intervals after which a connection is abandoned, unless the caller decides otherwise
 _CANCEL_TIMEOUT = 0.2  # seconds
-# In bytes. libpq keeps a buffer as large as the largest row of a connection, so a connection is closed after more.
-_LARGEST_KEPT = 16 * 1024 * 1024
+# In bytes. A connection keeps libpq's buffer, which has to hold the largest row. So it is closed after a larger one.
+_LARGEST_KEPT = 32 * 1024 * 1024
 _PAUSES = [
     *(0.001 * 2**n for n in range(7)),
     *[0.1] * 10,
@@ -210,7 +210,7 @@ class Connection(NetworkConnection):
         values = tuple(
             result.get_value(row, column) or b"" for row in range(result.ntuples) for column in range(result.nfields)
         )
-        if sum(map(len, values)) > _LARGEST_KEPT:
+        if max(map(len, values), default=0) > _LARGEST_KEPT:
             self.close()
         return values
 
