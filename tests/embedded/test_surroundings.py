@@ -30,7 +30,7 @@ from tests.support.embedded import (
 )
 from tests.support.fixtures import Start
 from tests.support.optional_tools import missing, program
-from tests.support.postgres import admit_superuser
+from tests.support.postgres import admit_all_roles
 from tests.support.problems import assert_problem
 from tests.support.processes import postmaster_in, servers_in, wait_until
 from tests.support.service import Service
@@ -223,7 +223,7 @@ def test_a_disk_without_room_for_the_write_ahead_log_makes_503s_until_there_is_r
     mount = almost_full(data_dir, stopped_data_dir, room=8000)  # a file of that log has 16 MB
     service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False)).wait()
     mounted = Path(f"/proc/{service.process.pid}/root{data_dir}")
-    superuser = admit_superuser(mounted / "postgres", postmaster_in(open_folder))
+    superuser = admit_all_roles(mounted / "postgres", postmaster_in(open_folder))
     created = []
     while (response := create(service)).status_code == httpx.codes.CREATED:
         created.append(response.json())

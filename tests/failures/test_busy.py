@@ -17,7 +17,7 @@ from tests.support.databases import as_url
 from tests.support.fixtures import Figure, Start
 from tests.support.load import at_once
 from tests.support.network import Network, NetworkPostgres, NetworkService
-from tests.support.postgres import Postgres, admit_superuser
+from tests.support.postgres import Postgres, admit_all_roles
 from tests.support.problems import assert_problem
 from tests.support.processes import free_port, postmaster_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
@@ -232,7 +232,7 @@ def test_missing_tables_cause_503s_and_one_log_line_until_they_are_back(postgres
 def test_a_worker_that_starts_without_a_free_connection_returns_503s(tmp_path: Path, start: Start) -> None:
     data_dir = tmp_path.resolve() / "data"
     service = start(DATA_DIR=data_dir, WEB_THREADS=64).wait()
-    admin = admit_superuser(data_dir / "postgres", postmaster_in(data_dir))
+    admin = admit_all_roles(data_dir / "postgres", postmaster_in(data_dir))
     with psycopg.connect(admin) as db:
         [[allowed]] = db.execute("SHOW max_connections").fetchall()
     assert int(allowed) >= 2 * 64 + 10  # enough for a reload

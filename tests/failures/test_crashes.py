@@ -19,7 +19,7 @@ import pytest
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Call, Load, assert_acknowledged_once, assert_unavailable, create
 from tests.support.optional_tools import program
-from tests.support.postgres import admit_superuser
+from tests.support.postgres import admit_all_roles
 from tests.support.problems import assert_quick
 from tests.support.processes import free_port, postmaster_in, postmasters_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
@@ -192,7 +192,7 @@ def test_requests_get_a_503_while_the_disk_is_full(failure: str, tmp_path: Path,
     disk = Path(f"/proc/{service.process.pid}/root{tmp_path / 'd'}")
     folder_fd = os.open(disk / "postgres", os.O_PATH)  # a short path to the socket; the limit is 107 bytes
     server = Path(f"/proc/self/fd/{folder_fd}")
-    superuser = admit_superuser(server, postmaster_in(tmp_path / "d"))
+    superuser = admit_all_roles(server, postmaster_in(tmp_path / "d"))
     with Load(service, 4) as load:
         time.sleep(0.5)
         fill(disk / "filler")

@@ -19,13 +19,13 @@ TERMINATE = """
 """
 
 
-def admit_superuser(cluster: Path, postmaster: psutil.Process) -> str:
-    """Let the superuser log in to the running server of a service, as root or the server's user can do by hand.
+def admit_all_roles(cluster: Path, postmaster: psutil.Process) -> str:
+    """Let every role log in to the running server of a service, as root or the server's user can do by hand.
 
     Returns the superuser's connection string. The next start of the server ends this.
     """
     with (cluster / "pg_hba.conf").open("a", encoding="utf-8") as rules:
-        rules.write("local all postgres trust\n")
+        rules.write("local all all trust\n")
     send(signal.SIGHUP, postmaster)
     superuser = make_conninfo(host=str(cluster), port=socket_folder.PORT, user="postgres", dbname="postgres")
     wait_until(lambda: can_log_in(superuser))
