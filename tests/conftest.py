@@ -18,7 +18,8 @@ from psycopg.rows import TupleRow
 from tests.support import pgbouncer
 from tests.support.databases import as_url, new_database
 from tests.support.fixtures import Create, Figure, Start
-from tests.support.processes import send, servers_in
+from tests.support.postgres import admit_all_roles
+from tests.support.processes import postmaster_in, send, servers_in
 from tests.support.service import Service
 from todo_api import embedded
 
@@ -65,8 +66,10 @@ def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with new_database(given) as database:
             yield database
     else:
-        database = embedded.start(tmp_path_factory.mktemp("data"))
-        with psycopg.connect(database, user="postgres", autocommit=True) as connection:
+        data_dir = tmp_path_factory.mktemp("data").resolve()
+        database = embedded.start(data_dir)
+        superuser = admit_all_roles(data_dir / "postgres", postmaster_in(data_dir))
+        with psycopg.connect(superuser, autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")  # see tests/support/postgres.py
             connection.execute("SELECT pg_reload_conf()")
         yield database

@@ -41,6 +41,18 @@ def test_links_lead_to_every_task_once_and_in_order(client: httpx.Client, seeded
     assert listed[-1]
 
 
+def test_a_page_of_several_arrays_of_4000_tasks_has_each_task_once(
+    db: psycopg.Connection[TupleRow], client: httpx.Client
+) -> None:
+    db.execute(SEED, {"count": 8001})
+    expected = client.get("/api/tasks").json()
+    assert len({task["id"] for task in expected}) == 8001
+    for limit in (3999, 4000, 4001, 7999, 8000, 8001):
+        listed = list(pages(client, limit=limit))
+        assert [len(page) for page in listed[:-1]] == [limit] * (len(listed) - 1)
+        assert [task for page in listed for task in page] == expected
+
+
 @pytest.mark.parametrize("limit", [1, 19, 20, 21])
 def test_a_page_has_a_link_only_if_there_are_more_tasks(client: httpx.Client, seeded: list[Row], limit: int) -> None:
     response = client.get(f"/api/tasks?limit={limit}")

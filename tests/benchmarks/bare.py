@@ -55,8 +55,10 @@ def fetch(name: str, parameters: dict[str, Any]) -> bytes:
     statement = SQL[name]
     text = statement.rows_json if name == "tasks/list" else statement.row_json
     with pool.connection() as connection:
-        row = connection.execute(text, [parameters[name] for name in statement.parameters]).fetchone()
-    return row[0] if row else b"null"
+        rows = connection.execute(text, [parameters[name] for name in statement.parameters]).fetchall()
+    if name == "tasks/list":
+        return b"[" + statements.SEPARATOR.join(array[1:-1] for array, _ in rows) + b"]"
+    return rows[0][0] if rows else b"null"
 
 
 def app(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:

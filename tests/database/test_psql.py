@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
-from tests.support.databases import new_database
+from tests.support.databases import administrator, new_database
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Create
 from tests.support.psql import NULL, PSQLS, comparable, rows_of, run_psql
@@ -283,5 +283,6 @@ def test_the_psql_line_of_a_task_file_runs_as_it_is_written(psql: str, file: str
 
 @pytest.mark.parametrize("file", DATABASE_FILES)
 def test_the_psql_line_of_a_database_file_runs_as_it_is_written(psql: str, file: str, own_database: str) -> None:
-    result = run_psql_line(file, psql, own_database)
+    conninfo = administrator(own_database) if "reload" in file else own_database
+    result = run_psql_line(file, psql, conninfo)
     assert (result.returncode, "ERROR" in result.stderr) == (0, False), result.stderr

@@ -274,12 +274,15 @@ def test_a_value_never_becomes_sql(connection: psycopg.Connection[TupleRow]) -> 
     assert json == {"a": INJECTION, "length": len(INJECTION)}
 
 
-def test_rows_are_returned_as_one_json_object_or_array(connection: psycopg.Connection[TupleRow]) -> None:
+def test_rows_are_returned_as_json_objects_or_arrays(connection: psycopg.Connection[TupleRow]) -> None:
     statement = parse("tasks/some", "SELECT n FROM generate_series(1, :'n'::int) AS n ORDER BY n DESC -- last\n;")
     assert execute(connection, statement, "row_json", n=1) == [({"n": 1},)]
     assert execute(connection, statement, "row_json", n=0) == []
     assert execute(connection, statement, "rows_json", n=2) == [([{"n": 2}, {"n": 1}], 2)]
-    assert execute(connection, statement, "rows_json", n=0) == [([], 0)]
+    assert execute(connection, statement, "rows_json", n=0) == []
+    arrays = execute(connection, statement, "rows_json", n=8001)
+    assert [(len(array), number) for array, number in arrays] == [(4000, 4000), (4000, 4000), (1, 1)]
+    assert [row["n"] for array, _ in arrays for row in array] == list(range(8001, 0, -1))
     array = connection.pgconn.exec_params(statement.rows_json, [b"2"]).get_value(0, 0)
     assert array == b'[{"n":2}' + statements.SEPARATOR + b'{"n":1}]'
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from tests.support.environment import ROOT, environment
-from tests.support.processes import free_port
+from tests.support.postgres import admit_all_roles
+from tests.support.processes import free_port, postmaster_in
 from tests.support.service import Service
 from todo_api.api import problems
 from todo_api.config import Settings
@@ -275,6 +276,7 @@ def test_the_example_of_a_migration_can_be_applied_and_rolled_back(service: Serv
     name = f"{int(newest[:4]) + 1:04}.add-place"
     (migrations / f"{name}.sql").write_text(f"{MIGRATION.replace('000M.previous', newest)}\n", encoding="utf-8")
     (migrations / f"{name}.rollback.sql").write_text(f"{ROLLBACK}\n", encoding="utf-8")
+    admit_all_roles(project / ".data" / "postgres", postmaster_in(project / ".data"))
     server = f"-h '{project}/.data/postgres' -U postgres"
     output(f"createdb {server} -O todo migrated", service, project)
     create = PSQL.replace('"}', '", "place": "home"}')

@@ -17,6 +17,7 @@ from tests.support.embedded import (
     AS_USER,
     BIN,
     NOBODY,
+    UNKNOWN,
     as_user,
     assert_failed_with_one_line,
     copy,
@@ -29,11 +30,11 @@ from tests.support.embedded import (
 )
 from tests.support.fixtures import Start
 from tests.support.optional_tools import missing, program
+from tests.support.postgres import admit_all_roles
 from tests.support.problems import assert_problem
 from tests.support.processes import postmaster_in, servers_in, wait_until
 from tests.support.service import Service
 
-UNKNOWN = 4711  # a user id without an entry in /etc/passwd
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change owners and mount file systems")
 
 
@@ -98,7 +99,7 @@ def test_a_stop_does_not_wait_forever_for_another_process(open_folder: Path, sta
 @as_root
 def test_processes_of_nobody_cannot_use_the_server_of_root(open_folder: Path, start: Start) -> None:
     service = start(DATA_DIR=open_folder / "data").wait()
-    psql: list[str | Path] = [BIN / "psql", "-h", open_folder / "data" / "postgres", "-U", "postgres", "-c", "SELECT 1"]
+    psql: list[str | Path] = [BIN / "psql", "-h", open_folder / "data" / "postgres", "-U", "todo", "-c", "SELECT 1"]
     assert subprocess.run(psql, check=False, capture_output=True).returncode == 0
     refused = subprocess.run([*AS_USER, *psql], check=False, capture_output=True, text=True)
     assert "Permission denied" in refused.stderr
@@ -237,11 +238,12 @@ def test_a_disk_without_room_for_the_write_ahead_log_makes_503s_until_there_is_r
     data_dir = open_folder / "data"
     mount = almost_full(data_dir, stopped_data_dir, room=8000)  # a file of that log has 16 MB
     service = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp", mount, processes=False)).wait()
+    mounted = Path(f"/proc/{service.process.pid}/root{data_dir}")
+    superuser = admit_all_roles(mounted / "postgres", postmaster_in(open_folder))
     created = []
     while (response := create(service)).status_code == httpx.codes.CREATED:
         created.append(response.json())
-        server = f"host={data_dir}/postgres user=postgres dbname=postgres"
-        inside(service, BIN / "psql", server, "--command=SELECT pg_switch_wal()", check=False)
+        subprocess.run([BIN / "psql", superuser, "--command=SELECT pg_switch_wal()"], check=False, capture_output=True)
     wait_until(lambda: not service.answers() and "No space left on device" in service.log())
     for _ in range(20):
         assert_problem(create(service), 503, "database_unavailable")
@@ -261,10 +263,10 @@ def create(service: Service) -> httpx.Response:
     return service.client.post("/api/tasks", json={"title": "Buy milk", "description": os.urandom(700).hex()})
 
 
-def inside(service: Service, *command: str | Path, check: bool = True) -> None:
+def inside(service: Service, *command: str | Path) -> None:
     """Run a command with the file systems that a service sees."""
     enter = ["nsenter", f"--target={service.process.pid}", "--mount"]
-    subprocess.run([*enter, *command], check=check, capture_output=True)
+    subprocess.run([*enter, *command], check=True, capture_output=True)
 
 
 def test_a_read_only_system_without_a_temporary_folder_uses_data_dir(open_folder: Path, start: Start) -> None:

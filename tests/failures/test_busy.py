@@ -17,9 +17,9 @@ from tests.support.databases import as_url
 from tests.support.fixtures import Figure, Start
 from tests.support.load import at_once
 from tests.support.network import Network, NetworkPostgres, NetworkService
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, admit_all_roles
 from tests.support.problems import assert_problem
-from tests.support.processes import free_port, send, servers_in, wait_until
+from tests.support.processes import free_port, postmaster_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 GUNICORN = [sys.executable, "-m", "gunicorn", "--threads", "16", "wsgi:app"]
@@ -137,6 +137,35 @@ def test_10_000_of_the_largest_tasks_arrive_completely_over_a_slow_link(
     assert {(len(task["title"]), task["description"]) for task in tasks} == {(200, LARGEST_CHARACTER * 2000)}
 
 
+LARGEST_IN_JSON = LARGEST.replace("U&'\\+01F600'", "E'\\x01'")  # JSON escapes this character with six bytes
+LARGEST_PAGE = 96 * 1024 * 1024  # bytes
+
+
+def test_a_page_ends_before_it_gets_too_large_and_leaves_little_memory_in_use(
+    postgres: Postgres, start: Start, figure: Figure
+) -> None:
+    service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
+    with psycopg.connect(postgres.conninfo) as db:
+        db.execute(LARGEST_IN_JSON.encode())
+    [worker] = workers(service)
+    before = worker.memory_info().rss
+    titles, url = [], "/api/tasks"
+    while url:
+        response = service.client.get(url, timeout=120)
+        assert response.status_code == httpx.codes.OK
+        assert len(response.content) <= LARGEST_PAGE
+        titles += [task["title"].lstrip("\x01") for task in response.json()]
+        url = response.links.get("next", {}).get("url", "")
+    assert titles == [f".{n}" for n in range(10_000, 0, -1)]
+
+    for _ in range(6):
+        assert service.client.get("/api/tasks", timeout=120).status_code == httpx.codes.OK
+    kept = (worker.memory_info().rss - before) // 2**20
+    figure("memory that a worker keeps after lists of the largest tasks, MiB", kept)
+    assert kept < 400
+    assert service.stop() == 0
+
+
 SLOW_READS = """
     ALTER TABLE tasks RENAME TO stored;
     CREATE FUNCTION slow() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(%s); RETURN TRUE; END';
@@ -205,7 +234,7 @@ def test_missing_tables_cause_503s_and_one_log_line_until_they_are_back(postgres
 def test_a_worker_that_starts_without_a_free_connection_returns_503s(tmp_path: Path, start: Start) -> None:
     data_dir = tmp_path.resolve() / "data"
     service = start(DATA_DIR=data_dir, WEB_THREADS=64).wait()
-    admin = f"host={data_dir / 'postgres'} port=5432 user=postgres dbname=postgres"
+    admin = admit_all_roles(data_dir / "postgres", postmaster_in(data_dir))
     with psycopg.connect(admin) as db:
         [[allowed]] = db.execute("SHOW max_connections").fetchall()
     assert int(allowed) >= 2 * 64 + 10  # enough for a reload

@@ -19,14 +19,15 @@ import pytest
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Call, Load, assert_acknowledged_once, assert_unavailable, create
 from tests.support.optional_tools import program
+from tests.support.postgres import admit_all_roles
 from tests.support.problems import assert_quick
 from tests.support.processes import free_port, postmaster_in, postmasters_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 
-def conninfo(host: Path, user: str = "todo") -> str:
+def conninfo(host: Path) -> str:
     """Return the connection string of the PostgreSQL with its Unix socket in a folder."""
-    return f"host={host} port=5432 user={user} dbname=todo"
+    return f"host={host} port=5432 user=todo dbname=todo"
 
 
 def has_settled(service: Service) -> bool:
@@ -191,10 +192,11 @@ def test_requests_get_a_503_while_the_disk_is_full(failure: str, tmp_path: Path,
     disk = Path(f"/proc/{service.process.pid}/root{tmp_path / 'd'}")
     folder_fd = os.open(disk / "postgres", os.O_PATH)  # a short path to the socket; the limit is 107 bytes
     server = Path(f"/proc/self/fd/{folder_fd}")
+    superuser = admit_all_roles(server, postmaster_in(tmp_path / "d"))
     with Load(service, 4) as load:
         time.sleep(0.5)
         fill(disk / "filler")
-        wait_until(lambda: has_panicked(server, service) if "log" in failure else "DiskFull" in service.log())
+        wait_until(lambda: has_panicked(superuser, service) if "log" in failure else "DiskFull" in service.log())
         time.sleep(2)
         full = load.calls[-8:]
         (disk / "filler").unlink()
@@ -217,9 +219,9 @@ def fill(file: Path) -> None:
             output.write(b"x" * 4096)
 
 
-def has_panicked(server: Path, service: Service) -> bool:
+def has_panicked(superuser: str, service: Service) -> bool:
     """Start a new file of the write-ahead log, and return whether PostgreSQL has failed because the disk is full."""
-    with suppress(psycopg.OperationalError), psycopg.connect(conninfo(server, "postgres"), autocommit=True) as db:
+    with suppress(psycopg.OperationalError), psycopg.connect(superuser, autocommit=True) as db:
         db.execute("SELECT pg_logical_emit_message(true, 'test', 'something to log')")
         db.execute("SELECT pg_switch_wal()")
     return "No space left on device" in service.log()

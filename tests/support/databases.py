@@ -21,14 +21,17 @@ def as_url(conninfo: str) -> str:
     return f"postgresql://?{urlencode(conninfo_to_dict(conninfo), quote_via=quote)}"
 
 
+def administrator(conninfo: str) -> str:
+    """Return the connection string of a role that may create databases: the embedded server's role may not."""
+    return conninfo if os.environ.get("TEST_DATABASE_URL") else make_conninfo(conninfo, user="postgres")
+
+
 @contextmanager
 def new_database(conninfo: str) -> Iterator[str]:
     """Create an empty database on the same server, owned by the same role. Drop it at the end of the block."""
     name = f"todo_test_{uuid.uuid4().hex}"
     role = conninfo_to_dict(conninfo)["user"]
-    # The embedded server's role may not create databases; the role of TEST_DATABASE_URL must.
-    admin = conninfo if os.environ.get("TEST_DATABASE_URL") else make_conninfo(conninfo, user="postgres")
-    with psycopg.connect(admin, autocommit=True) as connection:
+    with psycopg.connect(administrator(conninfo), autocommit=True) as connection:
         connection.execute(
             sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(str(role)))
         )

@@ -13,6 +13,7 @@ from todo_api.embedded import programs
 
 BIN = programs.find(None).folder
 NOBODY = 65534
+UNKNOWN = 4711  # a user id without an entry in /etc/passwd
 
 # Precedes the commands that root must run as another user. The capability lets that user read closed folders, in which
 # the interpreter or the tests' folder may be. It does not let the user write there.

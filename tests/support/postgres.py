@@ -3,9 +3,11 @@
 import signal
 from pathlib import Path
 
+import psutil
 import psycopg
+from psycopg.conninfo import make_conninfo
 
-from tests.support.processes import wait_until
+from tests.support.processes import send, wait_until
 from todo_api.embedded import cluster, locks, programs, socket_folder
 
 # Tests kill processes, and never cut the power. On a busy disk, a commit that waits for fsync can take a second, and
@@ -17,8 +19,30 @@ TERMINATE = """
 """
 
 
+def admit_all_roles(cluster: Path, postmaster: psutil.Process) -> str:
+    """Let every role log in to the running server of a service, as root or the server's user can do by hand.
+
+    Returns the superuser's connection string. The next start of the server ends this.
+    """
+    with (cluster / "pg_hba.conf").open("a", encoding="utf-8") as rules:
+        rules.write("local all all trust\n")
+    send(signal.SIGHUP, postmaster)
+    superuser = make_conninfo(host=str(cluster), port=socket_folder.PORT, user="postgres", dbname="postgres")
+    wait_until(lambda: can_log_in(superuser))
+    return superuser
+
+
+def can_log_in(conninfo: str) -> bool:
+    """Return whether a server accepts a connection."""
+    try:
+        psycopg.connect(conninfo).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
 class Postgres:
-    """An embedded PostgreSQL, with its Unix socket in its folder."""
+    """An embedded PostgreSQL, with its Unix socket in its folder. It has no set-up, so its superuser can log in."""
 
     def __init__(self, folder: Path) -> None:
         """Create the cluster and start the server."""
@@ -38,11 +62,7 @@ class Postgres:
 
     def answers(self) -> bool:
         """Return whether the server accepts connections."""
-        try:
-            psycopg.connect(self.conninfo).close()
-        except psycopg.OperationalError:
-            return False
-        return True
+        return can_log_in(self.conninfo)
 
     def kill(self) -> None:
         """End the server as a crash does, with PostgreSQL's immediate shutdown."""

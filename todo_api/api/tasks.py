@@ -74,12 +74,12 @@ def _change(statement: str, task_id: int, **parameters: Any) -> Response:
 def list_tasks(query: dict[str, Any]) -> Response:
     """List tasks.
 
-    The response has the tasks of the user, newest first. If there are more than `limit`, the `Link` header leads to the
-    next page. A page starts after the last task of the page before it, even if tasks were created or deleted in
-    between.
+    The response has the tasks of the user, newest first. If there are more than `limit`, or more than 96 MiB, the
+    `Link` header leads to the next page. A page starts after the last task of the page before it, even if tasks were
+    created or deleted in between.
     """
     limit = query.get("limit", MAX_LIMIT)
-    tasks, count = database.fetch_json_list(
+    arrays, count = database.fetch_json_list(
         "tasks/list",
         user_id=current_user(),
         limit=limit + 1,  # one more shows whether there is a next page
@@ -87,7 +87,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
         q=query.get("q", ""),
         after=query.get("after", pages.FIRST_CURSOR),
     )
-    page, cursor = pages.split_page(tasks) if count > limit else (tasks, "")
+    page, cursor = pages.page_of(arrays, count, limit)
     response = list_response(page, cursor)
     if cursor:
         response.headers["Link"] = pages.next_link(request.root_path + request.path, request.args, cursor)

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import psycopg
 
 from todo_api.database import statements
-from todo_api.database.connection import Query, Row, connection_limit, has_session_settings
+from todo_api.database.connection import Query, Values, connection_limit, has_session_settings
 from todo_api.database.errors import InvalidValueError, SilentError, UnavailableError, is_schema_error, translated
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
@@ -73,10 +73,10 @@ class Database:
         row = self._fetch(name, statement.row_json, parameters)
         return row[0] if row else None
 
-    def fetch_json_list(self, name: str, **parameters: Any) -> tuple[bytes, int]:
-        """Run a statement and return its rows as a JSON array, and their number.
+    def fetch_json_list(self, name: str, **parameters: Any) -> tuple[list[bytes], int]:
+        """Run a statement and return its rows as JSON arrays of up to 4000 rows each, and the number of all rows.
 
-        ``SEPARATOR`` separates the elements of the array and occurs nowhere else in it.
+        ``SEPARATOR`` separates the elements of an array and occurs nowhere else in it.
 
         Raises:
             UnavailableError: the database cannot run the statement now.
@@ -84,10 +84,10 @@ class Database:
 
         """
         statement = self._statements[name]
-        row = self._fetch(name, statement.rows_json, parameters)
-        return (row[0], int(row[1])) if row else (b"[]", 0)
+        values = self._fetch(name, statement.rows_json, parameters) or ()
+        return list(values[::2]), sum(map(int, values[1::2]))
 
-    def _fetch(self, name: str, sql: bytes, parameters: dict[str, Any]) -> Row | None:
+    def _fetch(self, name: str, sql: bytes, parameters: dict[str, Any]) -> Values | None:
         query = sql, self._statements[name].values(parameters)
         try:
             row = self.pool.fetch(*self._identity(parameters), query)

@@ -51,6 +51,8 @@ _ROUNDS = 3  # attempts to connect with and without our options
 _INTERVAL = 140  # milliseconds without a byte from the server
 _INTERVALS_TO_FAIL = 6  # silent intervals after which a connection is abandoned, unless the caller decides otherwise
 _CANCEL_TIMEOUT = 0.2  # seconds
+# In bytes. A connection keeps libpq's buffer, which has to hold the largest row. So it is closed after a larger one.
+_LARGEST_KEPT = 32 * 1024 * 1024
 PAUSES = [
     *(0.001 * 2**n for n in range(7)),
     *[0.1] * 10,
@@ -104,7 +106,7 @@ class NetworkConnection(psycopg.Connection[TupleRow]):
 
 OnSilence = Callable[[int], None]  # called with the number of silent intervals
 Query = tuple[bytes, Sequence[bytes]]  # a statement, and the values of its parameters
-Row = tuple[bytes, ...]
+Values = tuple[bytes, ...]
 
 
 class Connection(NetworkConnection):
@@ -160,8 +162,11 @@ class Connection(NetworkConnection):
         """Return the id of the server's process, or 0 if it is unknown."""
         return self.pgconn.backend_pid
 
-    def fetch(self, *queries: Query, on_silence: OnSilence | None = None) -> Row | None:
-        """Run statements in one transaction and one round trip. Return the first row of the last one, or None.
+    def fetch(self, *queries: Query, on_silence: OnSilence | None = None) -> Values | None:
+        """Run statements in one transaction and one round trip.
+
+        Return the values of the last one's rows, one row after another, or None if there is no row.
+
 
         ``on_silence`` is called after each interval in which nothing arrives. It may cancel the statement or raise
         Silence. Without it, the call fails after six such intervals.
@@ -203,12 +208,17 @@ class Connection(NetworkConnection):
             duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.close()
 
-    def _fetch(self, queries: Sequence[Query], on_silence: OnSilence) -> Row | None:
+    def _fetch(self, queries: Sequence[Query], on_silence: OnSilence) -> Values | None:
         self._send(queries, on_silence)
         result = self._sync(on_silence)[-1]
         if not result.ntuples:
             return None
-        return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
+        values = tuple(
+            result.get_value(row, column) or b"" for row in range(result.ntuples) for column in range(result.nfields)
+        )
+        if max(map(len, values), default=0) > _LARGEST_KEPT:
+            self.close()
+        return values
 
     def _send(self, queries: Sequence[Query], on_silence: OnSilence) -> None:
         """Queue statements, prepared. There are few statements, so each is prepared once and kept."""
@@ -336,7 +346,7 @@ def has_session_settings(conninfo: str) -> bool:
     return False
 
 
-def _session_setting(connection_class: type[Connection], conninfo: str) -> Row | None:
+def _session_setting(connection_class: type[Connection], conninfo: str) -> Values | None:
     with connection_class.connect(conninfo, **connection_class.arguments) as connection:
         return connection.fetch(statements.load()["database/session"].query())
 

@@ -14,7 +14,7 @@ from todo_api.database.connection import (
     OnSilence,
     PoolerConnection,
     Query,
-    Row,
+    Values,
     Silence,
 )
 from todo_api.database.errors import UnavailableError
@@ -70,8 +70,8 @@ class Pool:
         self._size = size
         self._pool.resize(size, size)
 
-    def fetch(self, *queries: Query) -> Row | None:
-        """Run statements in one transaction, and return the first row of the last one, or None if there is no row.
+    def fetch(self, *queries: Query) -> Values | None:
+        """Run statements in one transaction, and return the values of the last one's rows, or None if there is no row.
 
         Raises:
             UnavailableError: no connection is available.
@@ -95,7 +95,7 @@ class Pool:
 
         return self._run(connection, *queries, on_silence=on_silence)
 
-    def _run(self, connection: Connection, *queries: Query, on_silence: OnSilence) -> Row | None:
+    def _run(self, connection: Connection, *queries: Query, on_silence: OnSilence) -> Values | None:
         self._busy.add(connection)
         try:
             return connection.fetch(*queries, on_silence=on_silence)
@@ -131,7 +131,7 @@ class Pool:
             return False
         return row == (b"t",)
 
-    def _ask(self, question: Query, deadline: float) -> Row | None:
+    def _ask(self, question: Query, deadline: float) -> Values | None:
         """Ask the server what a statement waits for. One thread asks at a time."""
 
         def on_silence(_: int) -> None:

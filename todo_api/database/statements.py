@@ -21,6 +21,12 @@ MIGRATIONS = SQL / "migrations"
 # string, because a line break is escaped there.
 SEPARATOR = b",\n "
 
+# PostgreSQL calls the function once for each array, in their order.
+_ARRAYS = """
+SELECT array_to_json(rows[first : first + 3999], true), least(cardinality(rows) - first + 1, 4000)
+FROM (SELECT array_agg(row) AS rows FROM row) AS page, generate_series(1, cardinality(rows), 4000) AS first
+""".strip()
+
 # These patterns follow psql's own lexer, src/fe_utils/psqlscan.l in PostgreSQL's sources. flex does not backtrack, and
 # neither does *+. Syntax that they do not cover (nested comments, strings without an end, ...) is rejected.
 _COMMENT = r"(?: --[^\n\r]* | /\*(?:(?!/\*).)*?\*/ )"
@@ -63,7 +69,8 @@ class Statement:
     """The statement of a .sql file, with $1, $2 and so on in place of its parameters.
 
     ``rows`` is the statement itself. ``row_json`` is a statement that returns each row as a JSON object. ``rows_json``
-    is a statement that returns one row: all rows as a JSON array, in their order, and their number.
+    is a statement that returns all rows in their order, as JSON arrays of up to 4000 rows each, and the number of rows
+    in each array. For one array of all rows, PostgreSQL would need four times its size in memory.
     """
 
     parameters: tuple[str, ...]
@@ -129,7 +136,7 @@ def parse(name: str, text: str) -> Statement:
         parameters=tuple(numbers),
         rows=rows.encode(),
         row_json=f"{parts} SELECT row_to_json(row) FROM row".encode(),
-        rows_json=f"{parts} SELECT coalesce(array_to_json(array_agg(row), true), '[]'), count(*) FROM row".encode(),
+        rows_json=f"{parts} {_ARRAYS}".encode(),
     )
 
 

@@ -27,14 +27,18 @@ from psycopg.pq import Ping
 
 from todo_api import config
 from todo_api.config import StartError
+from todo_api.embedded import access, locks, programs, socket_folder
 from todo_api.embedded import cluster as clusters
-from todo_api.embedded import locks, programs, socket_folder
 from todo_api.embedded.programs import Programs
 
 log = logging.getLogger(__name__)
 
 _NAME = "todo"  # the name of the role that the service logs in as, and of the database that this role owns
-_MISSING_GRANTS = config.ROOT / "sql" / "database" / "missing_grants.sql"
+_SUPERUSER = "postgres"  # the name of the superuser, and of a database that every cluster has
+_STATEMENTS = config.ROOT / "sql" / "database"
+_RELOAD = _STATEMENTS / "reload.sql"  # run by psql, as the superuser
+_MISSING_GRANTS = _STATEMENTS / "missing_grants.sql"
+_RELOAD_TIMEOUT = 10  # seconds
 _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers from a crash responds, and may take longer
 _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
 
@@ -78,12 +82,22 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int, role: str
         _create_folder(data_dir)
     with _start_lock(data_dir) as lock:
         server_lock = _join(setting, data_dir)
+        running = None
         if cluster.exists():
-            conninfo = _running(cluster, server_lock, found) or _launch(cluster, found, connections)
+            running = _running(cluster, server_lock, found)
         else:
             clusters.create(cluster, found, lock)
+        if running and setting in _served:
+            return running
+        conninfo = running or _launch(cluster, found, connections)
+        if _needs_superuser(conninfo, found, role) and not _can_log_in(_as_superuser(conninfo)):
+            access.allow(cluster, _NAME, _SUPERUSER)
+            clusters.stop(cluster, server_lock)
             conninfo = _launch(cluster, found, connections)
-        _ensure_database(conninfo, found, role)
+        # A server that was started here has the rules in the file. A running one may still have those before them, if
+        # the start that replaced them was killed.
+        if running or not access.is_allowed_only(cluster, _NAME):
+            _set_up(cluster, conninfo, found, role)
     if setting not in _served:
         log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
         _served.add(setting)
@@ -273,6 +287,8 @@ def _launch(cluster: Path, found: Programs, connections: int) -> str:
 
     """
     clusters.take_from_nobody(cluster)
+    if not access.is_allowed_only(cluster, _NAME):  # it is new, or an earlier version has set it up
+        access.allow(cluster, _NAME, _SUPERUSER)
     folder = socket_folder.choose(cluster)
     conninfo = _conninfo(folder)
     server = None
@@ -305,25 +321,71 @@ def _ping(conninfo: str, found: Programs) -> Ping:
     return Ping(found.ping(conninfo))
 
 
-def _ensure_database(conninfo: str, found: Programs, role: str) -> None:
-    """Create what earlier starts have not created: the database, its owner (not a superuser), and the owner's role."""
-    try:
-        # Fails, too, if the owner may not work as the role.
-        psycopg.connect(conninfo, options="-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None).close()
-    except psycopg.OperationalError:
-        host = conninfo_to_dict(conninfo)["host"]
-        server = [f"--host={host}", f"--port={socket_folder.PORT}", "--username=postgres"]
-        # libpq reports no SQLSTATE for a failed connection, so the server is asked for its databases. If that fails,
-        # the next attempt to connect shows the reason.
-        listed = found.run("psql", *server, "--no-psqlrc", "-Atl", "-d", "postgres", may_fail=True)
-        if not listed:
+def _set_up(cluster: Path, conninfo: str, found: Programs, role: str) -> None:
+    """Create the owner of the service's database (not a superuser), the database, and the role that the owner works as.
+
+    Then let nobody log in as the superuser.
+
+    As long as the superuser can log in, the set-up is not complete. So the next start completes the set-up of a start
+    that was killed, and that of a cluster that an earlier version has created.
+    """
+    superuser = _as_superuser(conninfo)
+    if not _can_log_in(superuser):
+        return
+    if _NAME not in _databases(superuser, found):
+        log.info("creating the role and the database %s", _NAME)
+        server = _server_of(superuser)
+        # The role already exists if an earlier start was killed between these two commands.
+        found.run("createuser", *server, _NAME, may_fail=True)
+        found.run("createdb", *server, f"--owner={_NAME}", _NAME)
+    missing = [f"--set=role={role}", f"--file={_MISSING_GRANTS}", f"--dbname={conninfo}"]
+    if role and (commands := found.run("psql", "--no-psqlrc", "-At", *missing, may_fail=True).strip()):
+        log.info("row-level security: %s", commands)
+        as_superuser = make_conninfo(superuser, dbname=_NAME)
+        found.run("psql", "--no-psqlrc", f"--dbname={as_superuser}", "--command", commands)
+    access.allow(cluster, _NAME)
+    found.run("psql", "--no-psqlrc", "--set=ON_ERROR_STOP=1", f"--file={_RELOAD}", f"--dbname={superuser}")
+    deadline = time.monotonic() + _RELOAD_TIMEOUT
+    while _can_log_in(superuser):
+        if time.monotonic() > deadline:
+            log.warning("the PostgreSQL in %s still lets its user and root log in as the superuser", cluster)
             return
-        if not re.search(rf"(?m)^{_NAME}\|", listed):
-            log.info("creating the role and the database %s", _NAME)
-            # The role already exists if an earlier start was killed between these two commands.
-            found.run("createuser", *server, _NAME, may_fail=True)
-            found.run("createdb", *server, f"--owner={_NAME}", _NAME)
-        missing = [f"--set=role={role}", f"--file={_MISSING_GRANTS}", f"--dbname={conninfo}"]
-        if role and (commands := found.run("psql", "--no-psqlrc", "-At", *missing, may_fail=True).strip()):
-            log.info("row-level security: %s", commands)
-            found.run("psql", *server, "--no-psqlrc", "-d", _NAME, "--command", commands)
+        time.sleep(0.02)
+
+
+def _as_superuser(conninfo: str) -> str:
+    return make_conninfo(conninfo, dbname=_SUPERUSER, user=_SUPERUSER)
+
+
+def _can_log_in(conninfo: str, role: str = "") -> bool:
+    options = "-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None
+    try:
+        psycopg.connect(conninfo, options=options).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def _needs_superuser(conninfo: str, found: Programs, role: str) -> bool:
+    """Return whether something is missing that only the superuser can create.
+
+    That is the database, if somebody dropped it, or the role that its owner works as, in a cluster of an earlier version.
+    """
+    if _can_log_in(conninfo, role):
+        return False
+    # libpq reports no SQLSTATE for a failed connection, so the server is asked for its databases. If that fails, the
+    # next attempt to connect shows the reason.
+    databases = _databases(make_conninfo(conninfo, dbname=_SUPERUSER), found, may_fail=True)
+    return bool(databases) and (_NAME not in databases or _can_log_in(conninfo))
+
+
+def _databases(conninfo: str, found: Programs, *, may_fail: bool = False) -> list[str]:
+    """Return the names of the server's databases, or an empty list if the role may fail to log in."""
+    listed = found.run("psql", "--no-psqlrc", "-Atl", f"--dbname={conninfo}", may_fail=may_fail)
+    return re.findall(r"(?m)^([^|\n]+)\|", listed)
+
+
+def _server_of(conninfo: str) -> list[str]:
+    """Return the options with which createuser and createdb log in."""
+    parts = conninfo_to_dict(conninfo)
+    return [f"--host={parts['host']}", f"--port={parts['port']}", f"--username={parts['user']}"]

@@ -67,7 +67,7 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
         "initdb",
         f"--pgdata={fresh}",
         "--username=postgres",
-        "--auth=trust",  # only the server's user and root can open the socket
+        "--auth=trust",  # until the set-up is complete
         "--encoding=UTF8",
         # makes the sort order and lower() the same on every machine
         *(
