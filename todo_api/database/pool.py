@@ -14,8 +14,8 @@ from todo_api.database.connection import (
     OnSilence,
     PoolerConnection,
     Query,
-    Values,
     Silence,
+    Values,
 )
 from todo_api.database.errors import UnavailableError
 from todo_api.database.outage import Outage

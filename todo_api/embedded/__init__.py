@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 _NAME = "todo"  # the name of the role that the service logs in as, and of the database that this role owns
 _SUPERUSER = "postgres"  # the name of the superuser, and of a database that every cluster has
-_STATEMENTS = config.ROOT / "sql" / "database"
-_RELOAD = _STATEMENTS / "reload.sql"  # run by psql, as the superuser
-_MISSING_GRANTS = _STATEMENTS / "missing_grants.sql"
+# Run by psql, as the superuser.
+_RELOAD = (config.ROOT / "sql" / "database/reload").with_suffix(".sql")
+_MISSING_GRANTS = (config.ROOT / "sql" / "database/missing_grants").with_suffix(".sql")
 _RELOAD_TIMEOUT = 10  # seconds
 _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers from a crash responds, and may take longer
 _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
@@ -322,9 +322,7 @@ def _ping(conninfo: str, found: Programs) -> Ping:
 
 
 def _set_up(cluster: Path, conninfo: str, found: Programs, role: str) -> None:
-    """Create the owner of the service's database (not a superuser), the database, and the role that the owner works as.
-
-    Then let nobody log in as the superuser.
+    """Create the database, its owner (not a superuser) and the owner's role. Then let nobody log in as the superuser.
 
     As long as the superuser can log in, the set-up is not complete. So the next start completes the set-up of a start
     that was killed, and that of a cluster that an earlier version has created.
@@ -338,11 +336,9 @@ def _set_up(cluster: Path, conninfo: str, found: Programs, role: str) -> None:
         # The role already exists if an earlier start was killed between these two commands.
         found.run("createuser", *server, _NAME, may_fail=True)
         found.run("createdb", *server, f"--owner={_NAME}", _NAME)
-    missing = [f"--set=role={role}", f"--file={_MISSING_GRANTS}", f"--dbname={conninfo}"]
-    if role and (commands := found.run("psql", "--no-psqlrc", "-At", *missing, may_fail=True).strip()):
+    if commands := _missing_grants(conninfo, found, role):
         log.info("row-level security: %s", commands)
-        as_superuser = make_conninfo(superuser, dbname=_NAME)
-        found.run("psql", "--no-psqlrc", f"--dbname={as_superuser}", "--command", commands)
+        found.run("psql", "--no-psqlrc", f"--dbname={make_conninfo(superuser, dbname=_NAME)}", f"--command={commands}")
     access.allow(cluster, _NAME)
     found.run("psql", "--no-psqlrc", "--set=ON_ERROR_STOP=1", f"--file={_RELOAD}", f"--dbname={superuser}")
     deadline = time.monotonic() + _RELOAD_TIMEOUT
@@ -358,25 +354,28 @@ def _as_superuser(conninfo: str) -> str:
 
 
 def _can_log_in(conninfo: str, role: str = "") -> bool:
-    options = "-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None
+    """Return whether a user can log in and, if there is a role, may work as that."""
     try:
-        psycopg.connect(conninfo, options=options).close()
+        psycopg.connect(conninfo, options="-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None).close()
     except psycopg.OperationalError:
         return False
     return True
 
 
 def _needs_superuser(conninfo: str, found: Programs, role: str) -> bool:
-    """Return whether something is missing that only the superuser can create.
-
-    That is the database, if somebody dropped it, or the role that its owner works as, in a cluster of an earlier version.
-    """
+    """Return whether something is missing that only the superuser can create, such as the role of a new setting."""
     if _can_log_in(conninfo, role):
         return False
     # libpq reports no SQLSTATE for a failed connection, so the server is asked for its databases. If that fails, the
     # next attempt to connect shows the reason.
     databases = _databases(make_conninfo(conninfo, dbname=_SUPERUSER), found, may_fail=True)
-    return bool(databases) and (_NAME not in databases or _can_log_in(conninfo))
+    return bool(databases) and (_NAME not in databases or bool(_missing_grants(conninfo, found, role)))
+
+
+def _missing_grants(conninfo: str, found: Programs, role: str) -> str:
+    """Return the commands that are still to be run so that the user of a connection string may work as a role."""
+    query = [f"--set=role={role}", f"--file={_MISSING_GRANTS}", f"--dbname={conninfo}"]
+    return found.run("psql", "--no-psqlrc", "-At", *query, may_fail=True).strip() if role else ""
 
 
 def _databases(conninfo: str, found: Programs, *, may_fail: bool = False) -> list[str]:
