@@ -16,7 +16,7 @@ from psycopg.rows import TupleRow
 from tests.support.databases import as_url, new_database
 from tests.support.fixtures import Start
 from todo_api.config import StartError
-from todo_api.database import Database, apply_migrations, ensure_role
+from todo_api.database import Database, UnavailableError, apply_migrations, ensure_role
 
 ODD_ROLE = 'a "role"; with % and \\ in its näme'
 
@@ -143,6 +143,19 @@ def test_rights_that_were_lost_are_granted_again(login: Login, new_role: NewRole
             connection.execute(sql.SQL("REVOKE {} FROM {}").format(sql.SQL(what), sql.Identifier(role)))
     ensure(conninfo, role)
     assert can_be_used(conninfo, role)
+
+
+def test_statements_fail_while_the_role_is_gone_and_work_again_once_it_is_back(login: Login, new_role: NewRole) -> None:
+    conninfo, role = login("SUPERUSER"), new_role(exists=False)
+    ensure(conninfo, role)
+    database = Database(lambda: conninfo, connections=1, pooler=False, role=role)
+    assert database.fetch_json("database/ready")
+    with psycopg.connect(conninfo) as connection:
+        connection.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(role)))
+    with pytest.raises(UnavailableError, match="does not exist"):
+        database.fetch_json("database/ready")
+    ensure(conninfo, role)
+    assert database.fetch_json("database/ready")
 
 
 @pytest.mark.parametrize("attributes", ["SUPERUSER", "BYPASSRLS"])
