@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from todo_api import config, database, embedded
+from todo_api import config, database, embedded, tokens
 from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def load_settings() -> Settings:
         os.chdir(config.ROOT)  # gunicorn does so later, but needs a folder until then
     try:
         settings = config.load()
+        tokens.check_key_file(settings)
         _ensure_temporary_folder(settings)
     except StartError as error:
         fail(error)

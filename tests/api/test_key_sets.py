@@ -1,0 +1,503 @@
+"""Key sets: where the keys of tokens come from, and what happens if the issuer is away, slow, wrong or hostile."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from tests.support.environment import POOLER, ROOT, environment
+from tests.support.fixtures import Start
+from tests.support.issuer import (
+    AUDIENCE,
+    ISSUER,
+    Issuer,
+    SigningKey,
+    bearer,
+    claims,
+    encoded,
+    running_issuer,
+    send,
+)
+from tests.support.processes import free_port, wait_until
+from todo_api import create_app, tokens
+from todo_api.config import Settings, StartError
+from todo_api.tokens import fetching, key_set, keys, verifier
+
+FIRST, SECOND, UNKNOWN = SigningKey("first"), SigningKey("second"), SigningKey("unknown")
+PATH = "/api/tasks?limit=1"
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    """Run an issuer with one key."""
+    with running_issuer(FIRST) as running:
+        yield running
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a minute pass in a second or so."""
+    monkeypatch.setattr(key_set, "_REFRESH", 0.2)
+    monkeypatch.setattr(key_set, "_RETRY", 0.2)
+    monkeypatch.setattr(key_set, "_PAUSE", 0.2)
+
+
+@pytest.fixture
+def settings(database_url: str, issuer: Issuer) -> Settings:
+    """Return the settings of an application that trusts the issuer."""
+    names = {name.lower(): value for name, value in issuer.settings().items()}
+    return Settings(database_url=database_url, database_pooler=bool(POOLER), web_threads=2, **names)
+
+
+def client_of(settings: Settings) -> FlaskClient:
+    """Create an application, wait until it has its database, and return its client."""
+    client = create_app(settings).test_client()
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+    return client
+
+
+@pytest.fixture
+def client(settings: Settings) -> FlaskClient:
+    """Return the client of an application that trusts the issuer."""
+    return client_of(settings)
+
+
+def call(client: FlaskClient, token: str) -> TestResponse:
+    """Make a call with a token."""
+    return client.get(PATH, headers=bearer(token))
+
+
+def kind(response: TestResponse) -> str:
+    """Return the type of the problem, or the status if there is none."""
+    return response.json["type"] if response.status_code >= 400 else str(response.status_code)  # type: ignore[index]
+
+
+def assert_unavailable(response: TestResponse) -> None:
+    """Check that a response is the 503 of a service without keys."""
+    assert (response.status_code, kind(response)) == (503, "keys_unavailable")
+    assert int(response.headers["Retry-After"]) > 0
+
+
+def log_lines(caplog: pytest.LogCaptureFixture, source: str) -> list[str]:
+    """Return the log lines about a key set. The threads of other tests log, too."""
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("todo_api.tokens")]
+    return [line for line in lines if line.endswith(f"{source})")]
+
+
+# ---- the issuer's faults
+
+
+def drip(handler: BaseHTTPRequestHandler, head: bytes) -> None:
+    """Send a byte every tenth of a second, until the client has had enough."""
+    handler.wfile.write(head)
+    with suppress(OSError):
+        for _ in range(600):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+    handler.close_connection = True
+
+
+def redirect(handler: BaseHTTPRequestHandler) -> None:
+    """Send a redirect to the key set itself, at another path."""
+    if handler.path == "/jwks":
+        send(handler, b"", 302, {"Location": "/elsewhere"})
+    else:
+        send(handler, json.dumps({"keys": [FIRST.jwk, UNKNOWN.jwk]}).encode())
+
+
+TEXT = {"Content-Type": "text/html"}
+HEAD = b"HTTP/1.0 200 OK\r\n"
+CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+DEEP = b'{"keys":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
+FAULTS: dict[str, Callable[[BaseHTTPRequestHandler], Any]] = {
+    "slow drip": lambda handler: drip(handler, HEAD + b"\r\n"),
+    "slow drip in the head": lambda handler: drip(handler, HEAD + b"X: "),
+    "slow drip of chunks": lambda handler: drip(handler, CHUNKS + b"1;"),
+    "no response": lambda _handler: time.sleep(3),
+    "10 MB": lambda handler: send(handler, b" " * 10_000_000),
+    "10 MB without a length": lambda handler: handler.wfile.write(HEAD + b"\r\n" + b" " * 10_000_000),
+    "10 MB of headers": lambda handler: handler.wfile.write(HEAD + b"X: y\r\n" * 2_000_000),
+    "64 KiB and one byte": lambda handler: send(handler, b'{"keys":[]}'.ljust(64 * 1024 + 1)),
+    "a head and no body": lambda handler: send(handler, b"", headers={"Content-Length": "100"}),
+    "half of it": lambda handler: send(handler, b'{"keys": [', headers={"Content-Length": "100"}),
+    "HTML": lambda handler: send(handler, b"<!doctype html><title>Sign in</title>", headers=TEXT),
+    "redirect": redirect,
+    "404": lambda handler: send(handler, b'{"keys":[]}', 404),
+    "500": lambda handler: send(handler, json.dumps({"keys": []}).encode(), 500),
+    "not HTTP": lambda handler: handler.wfile.write(b"\x00\xff" * 100 + b"\n"),
+    "empty body": lambda handler: send(handler, b""),
+    "not UTF-8": lambda handler: send(handler, b'{"keys":["\xff"]}'),
+    "deep nesting": lambda handler: send(handler, DEEP),
+    "a list": lambda handler: send(handler, b"[]"),
+    "no keys member": lambda handler: send(handler, json.dumps(FIRST.jwk).encode()),
+    "keys is an object": lambda handler: send(handler, b'{"keys":{}}'),
+    "compressed": lambda handler: send(handler, b"\x1f\x8b\x08\x00", headers={"Content-Encoding": "gzip"}),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_key_set_changes_nothing_and_is_logged_once(
+    fault: str, client: FlaskClient, issuer: Issuer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fetching, "_TIMEOUT", 1.0)
+    valid = FIRST.token()
+    assert call(client, valid).status_code == 200
+    issuer.respond = FAULTS[fault]
+    seen = len(issuer.fetches)
+    wait_until(lambda: len(issuer.fetches) > seen + 1)  # so the one before has failed
+    for _ in range(3):
+        assert call(client, valid).status_code == 200
+        assert call(client, FIRST.token("bob")).status_code == 200
+        assert kind(call(client, UNKNOWN.token())) in {"invalid_token", "keys_unavailable"}
+    assert "/elsewhere" not in issuer.fetches
+    issuer.respond, issuer.keys = issuer.respond_with_keys, [FIRST.jwk, SECOND.jwk]
+    wait_until(lambda: call(client, SECOND.token()).status_code == 200)
+    [failed, mended] = log_lines(caplog, issuer.url)
+    assert failed.startswith("the keys of tokens cannot be fetched: ")
+    assert "there again" in mended
+    assert max(len(failed), len(mended)) < 300
+    assert failed.isascii()
+
+
+@pytest.mark.parametrize("fault", ["slow drip", "no response", "HTML", "10 MB"])
+def test_without_keys_only_calls_with_a_token_fail(fault: str, client: FlaskClient, issuer: Issuer) -> None:
+    issuer.respond = FAULTS[fault]
+    for _ in range(3):
+        assert_unavailable(call(client, FIRST.token()))
+    assert kind(client.get(PATH)) == "authentication_required"
+    assert kind(client.get(PATH, headers={"Authorization": "Basic x"})) == "malformed_request"
+    for path in ("/docs", "/openapi.json", "/healthz", "/readyz"):
+        assert client.get(path).status_code == 200
+
+
+def test_an_issuer_that_is_away_at_the_start_is_found_later(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = client_of(replace(settings, auth_jwks=f"http://127.0.0.1:{(port := free_port())}/jwks"))
+    for _ in range(3):
+        assert_unavailable(call(client, FIRST.token()))
+    with running_issuer(FIRST, port=port):
+        wait_until(lambda: call(client, FIRST.token()).status_code == 200)
+    [failed, mended] = log_lines(caplog, f":{port}/jwks")
+    assert "Connection refused" in failed
+    assert "there again" in mended
+
+
+@pytest.mark.usefixtures("quick")
+def test_keys_count_for_a_limited_time_while_the_issuer_is_away(
+    client: FlaskClient, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = FIRST.token()
+    assert call(client, token).status_code == 200
+    monkeypatch.setattr(key_set, "_KEPT", 2)
+    issuer.respond = FAULTS["500"]
+    wait_until(lambda: call(client, token).status_code != 200)
+    assert_unavailable(call(client, token))
+    issuer.respond = issuer.respond_with_keys
+    wait_until(lambda: call(client, token).status_code == 200)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("listed", [[], [SigningKey("other", "ES256K").jwk], [{}]])
+def test_an_issuer_can_withdraw_all_of_its_keys(client: FlaskClient, issuer: Issuer, listed: list[Any]) -> None:
+    token = FIRST.token()
+    assert call(client, token).status_code == 200
+    issuer.keys = listed
+    wait_until(lambda: call(client, token).status_code != 200)
+    assert_unavailable(call(client, token))
+
+
+# ---- keys that change
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_remembered_token_of_a_withdrawn_key_does_not_count(client: FlaskClient, issuer: Issuer) -> None:
+    token = FIRST.token()
+    issuer.keys = [FIRST.jwk, SECOND.jwk]
+    assert call(client, token).status_code == 200
+    issuer.keys = [SECOND.jwk]
+    wait_until(lambda: call(client, token).status_code != 200)
+    assert kind(call(client, token)) == "invalid_token"
+    assert call(client, SECOND.token()).status_code == 200
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_remembered_token_of_a_replaced_key_does_not_count(client: FlaskClient, issuer: Issuer) -> None:
+    token = FIRST.token()
+    assert call(client, token).status_code == 200
+    issuer.keys = [SECOND.jwk | {"kid": "first"}]
+    wait_until(lambda: call(client, token).status_code != 200)
+    assert kind(call(client, token)) == "invalid_token"
+
+
+def test_a_new_key_counts_at_once(client: FlaskClient, issuer: Issuer) -> None:
+    assert call(client, FIRST.token()).status_code == 200
+    issuer.keys = [FIRST.jwk, SECOND.jwk]  # a moment after the first fetch, as if it had just begun to sign
+    statuses = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(call(client, SECOND.token()).status_code)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 8
+    assert call(client, FIRST.token()).status_code == 200
+    assert len(issuer.fetches) == 2
+
+
+def test_unknown_keys_are_looked_for_at_most_once_in_ten_seconds(client: FlaskClient, issuer: Issuer) -> None:
+    valid = FIRST.token()
+    assert call(client, valid).status_code == 200
+    began = time.monotonic()
+    for number in range(100):
+        assert kind(call(client, UNKNOWN.sign(claims(), kid=f"{number}"))) == "invalid_token"
+        assert call(client, valid).status_code == 200
+    assert len(issuer.fetches) <= 2 + (time.monotonic() - began) / 10
+    issuer.keys = [FIRST.jwk, SECOND.jwk]
+    refused = call(client, SECOND.token())
+    assert kind(refused) == "invalid_token" or time.monotonic() - began > 10
+
+
+def test_requests_wait_for_half_a_second_together(client: FlaskClient, issuer: Issuer) -> None:
+    valid = FIRST.token()
+    assert call(client, valid).status_code == 200
+    issuer.respond = FAULTS["no response"]
+    began = time.monotonic()
+    kinds = [kind(call(client, UNKNOWN.token())) for _ in range(20)]
+    assert time.monotonic() - began < 2.9  # one after the other, while the one fetch takes three seconds
+    assert kinds == ["keys_unavailable"] * 20
+    assert len(issuer.fetches) == 2
+
+
+def test_valid_tokens_are_answered_during_a_flood_of_unknown_keys(
+    start: Start, database_url: str, issuer: Issuer
+) -> None:
+    service = start(DATABASE_URL=database_url, WEB_THREADS=4, **issuer.settings()).wait()
+    valid = FIRST.token()
+    assert service.client.get(PATH, headers=bearer(valid)).status_code == 200
+    issuer.respond = FAULTS["slow drip"]
+    flooding = threading.Event()
+    kinds = set()
+
+    def flood() -> None:
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            while not flooding.is_set():
+                response = client.get(PATH, headers=bearer(UNKNOWN.sign(claims(), kid=os.urandom(4).hex())))
+                kinds.add(response.json()["type"])
+
+    threads = [threading.Thread(target=flood) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(60):
+            token = valid if number % 2 else FIRST.token(f"user {number}")
+            assert service.client.get(PATH, headers=bearer(token)).status_code == 200
+            time.sleep(0.02)
+        wait_until(lambda: "the keys of tokens cannot be fetched" in service.log())
+    finally:
+        flooding.set()
+        for thread in threads:
+            thread.join()
+    assert kinds <= {"invalid_token", "keys_unavailable"}
+    assert len(issuer.fetches) <= 4
+    assert [seconds for seconds in service.took(200) if seconds > 1] == []
+    assert service.log().count("the keys of tokens cannot be fetched") == 1
+
+
+# ---- remembered tokens
+
+
+def test_a_token_is_verified_once(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = FIRST.token()
+    assert call(client, token).status_code == 200
+    monkeypatch.setattr(jwt, "decode", lambda *_args, **_kwargs: pytest.fail("the token is verified again"))
+    assert call(client, token).status_code == 200
+
+
+def test_a_remembered_token_ends_with_its_exp(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "_LEEWAY", 0)
+    token = FIRST.token(exp=int(time.time()) + 3)
+    assert call(client, token).status_code == 200
+    wait_until(lambda: call(client, token).status_code != 200)
+    assert kind(call(client, token)) == "invalid_token"
+    assert time.time() >= jwt.decode(token, options={"verify_signature": False})["exp"]
+
+
+def test_only_so_many_tokens_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "_REMEMBERED", 3)
+    remembered = keys.Keys([])
+    for number in range(10):
+        remembered.remember(bytes([number]), "alice", 1)
+        remembered.remember(bytes([number]), "alice", 2)
+    found = [number for number in range(10) if remembered.verified(bytes([number]))]
+    assert found == [7, 8, 9]
+
+
+# ---- files
+
+
+def write(file: Path, *listed: object) -> str:
+    """Write a key set to a file, at once, and return its path."""
+    new = file.with_name("new")
+    new.write_text(json.dumps({"keys": listed}))
+    new.rename(file)
+    return str(file)
+
+
+def test_a_key_set_can_be_a_file(tmp_path: Path, settings: Settings) -> None:
+    secret = SigningKey("secret", "HS256", bits=256)
+    client = client_of(replace(settings, auth_jwks=write(tmp_path / "keys.json", FIRST.jwk, secret.jwk)))
+    for key in (FIRST, secret):
+        assert call(client, key.token()).status_code == 200
+    assert kind(call(client, SECOND.token())) == "invalid_token"
+    secret.algorithm = "HS512"
+    assert kind(call(client, secret.token())) == "invalid_token"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_is_read_again(tmp_path: Path, settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    file, token = tmp_path / "keys.json", FIRST.token()
+    client = client_of(replace(settings, auth_jwks=write(file, FIRST.jwk)))
+    assert call(client, token).status_code == 200
+    write(file, SECOND.jwk, {"kty": "oct", "k": "c2hvcnQ"})  # one of them cannot be used
+    wait_until(lambda: "key 2 cannot be used" in caplog.text)
+    assert call(client, token).status_code == 200
+    write(file, SECOND.jwk)
+    wait_until(lambda: call(client, SECOND.token()).status_code == 200)
+    assert kind(call(client, token)) == "invalid_token"
+
+
+PRIVATE = FIRST.jwk | {"d": encoded(FIRST.private.private_bytes_raw())}
+UNUSABLE_FILES = {
+    "it cannot be read: No such file or directory": None,
+    "it is not JSON": b"-----BEGIN PUBLIC KEY-----",
+    "it is not a key set": json.dumps(FIRST.jwk).encode(),
+    "the file has no keys": b'{"keys":[]}',
+    "larger than 65536 bytes": b" " * 70_000,
+    "key 1 cannot be used: it is not a JSON object": b'{"keys":["x"]}',
+    "key 2 cannot be used: its kty": json.dumps({"keys": [FIRST.jwk, SigningKey("x", "ES256K").jwk]}).encode(),
+    "an RSA key needs 2048 bits": json.dumps({"keys": [SigningKey("x", "RS256", bits=1024).jwk]}).encode(),
+    "a secret key needs 256 bits": json.dumps({"keys": [SigningKey("x", "HS256", bits=128).jwk]}).encode(),
+    "its numbers are not those of a key": json.dumps({"keys": [FIRST.jwk | {"x": "AA"}]}).encode(),
+    "it is a private key": json.dumps({"keys": [PRIVATE]}).encode(),
+    "its use or its key_ops": json.dumps({"keys": [FIRST.jwk | {"use": "enc"}]}).encode(),
+    "its kid is not a string": json.dumps({"keys": [FIRST.jwk | {"kid": 7}]}).encode(),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE_FILES)
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, reason: str) -> None:
+    file, content = tmp_path / "keys.json", UNUSABLE_FILES[reason]
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(StartError, match=f"AUTH_JWKS: {file}: .*{re.escape(reason)}") as raised:
+        tokens.check_key_file(Settings(auth_jwks=str(file)))
+    assert PRIVATE["d"] not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_used_stops_the_start_with_one_line(tmp_path: Path) -> None:
+    (pipe := tmp_path / "keys").mkdir()
+    os.mkfifo(pipe / "pipe")
+    for file, reason in ((pipe, "it is not a file"), (pipe / "pipe", "it is not a file"), (pipe / "x", "No such file")):
+        variables = environment(AUTH_JWKS=file, AUTH_ISSUER=ISSUER, AUTH_AUDIENCE=AUDIENCE, DATA_DIR=tmp_path / "data")
+        done = subprocess.run(
+            [sys.executable, "wsgi.py"],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 3
+        [line] = done.stderr.splitlines()
+        assert line.startswith(f"todo_api: AUTH_JWKS: {file}: ")
+        assert reason in line
+    assert not (tmp_path / "data").exists()
+
+
+# ---- processes
+
+FORKS = """
+import os, sys, json
+from todo_api import create_app
+from tests.support.issuer import bearer
+client = create_app().test_client()
+status = lambda: client.get("/api/nothing", headers=bearer(sys.argv[1])).status_code
+seen = [status()] if sys.argv[2] == "after a request" else []
+child = os.fork()
+seen.append(status())
+if child:
+    seen.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(seen)
+else:
+    os._exit(seen[-1] - 404)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before a request", "after a request"])
+def test_a_server_may_fork_late(issuer: Issuer, database_url: str, moment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, FIRST.token(), moment],
+        cwd=ROOT,
+        env=environment(DATABASE_URL=database_url, **issuer.settings()),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [404] * (2 if moment == "after a request" else 1) + [0]
+    assert len(issuer.fetches) == 2
+
+
+LIBRARIES = """
+import sys
+from todo_api import create_app
+assert create_app().test_client().get("/docs").status_code == 200
+import todo_api.server.gunicorn_conf
+print(sorted({"jwt", "cryptography"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_without_auth_jwks_the_libraries_for_tokens_are_not_imported(
+    issuer: Issuer, database_url: str, *, with_tokens: bool
+) -> None:
+    settings = issuer.settings() if with_tokens else {}
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARIES],
+        cwd=ROOT,
+        env=environment(DATABASE_URL=database_url, **settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == ("['cryptography', 'jwt']" if with_tokens else "[]")
+    assert issuer.fetches == []
+
+
+def test_a_route_that_is_added_later_needs_a_token(settings: Settings) -> None:
+    app = create_app(settings)
+    app.add_url_rule("/api/new", "new", lambda: "new")
+    client = app.test_client()
+    assert kind(client.get("/api/new")) == "authentication_required"
+    assert client.get("/api/new", headers=bearer(FIRST.token())).text == "new"
+    assert client.options("/api/new").status_code == 200
