@@ -1,6 +1,6 @@
-"""Tells whose a JSON Web Token is (RFC 7519). The issuer is somebody else, such as Better Auth; its keys are public.
+"""Verifies JSON Web Tokens (RFC 7519) of an issuer such as Better Auth, with the public keys of the issuer.
 
-This package knows no Flask, no gunicorn and no HTTP requests of clients. Other packages use only the names in
+This package knows no Flask, no gunicorn and no requests of clients. Other packages use only the names in
 ``__all__``. Without AUTH_JWKS, nothing of it runs, and neither PyJWT nor cryptography is imported.
 """
 

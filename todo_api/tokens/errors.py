@@ -2,7 +2,7 @@
 
 
 class InvalidTokenError(Exception):
-    """The token proves nothing. There is no text, because nobody who sends tokens should learn what was wrong."""
+    """The token is invalid. The error has no message, because a client must not learn the reason."""
 
 
 class KeysUnavailableError(Exception):
@@ -10,4 +10,4 @@ class KeysUnavailableError(Exception):
 
 
 class KeySetError(Exception):
-    """The key set cannot be fetched or read. The message is the reason; no part of it comes from the issuer."""
+    """The key set cannot be fetched or read. The message is the reason, without any text of the issuer."""

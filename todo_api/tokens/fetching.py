@@ -1,4 +1,4 @@
-"""Fetches a small document with a limit for its size and for the time that everything takes."""
+"""Fetches a small document, with a limit for its size and a limit for the whole time."""
 
 import base64
 import socket

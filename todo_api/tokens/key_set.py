@@ -1,4 +1,4 @@
-"""Keeps the keys of the issuer up to date: one thread in each process fetches them, and requests hardly wait for it."""
+"""Keeps the keys of the issuer up to date. One thread in each process fetches them; requests hardly wait for it."""
 
 import logging
 import os
@@ -14,13 +14,12 @@ from todo_api.tokens.errors import KeySetError, KeysUnavailableError
 if TYPE_CHECKING:
     from todo_api.tokens.keys import Keys
 
-# Seconds.
-_REFRESH = 300.0  # between two fetches
-_RETRY = 10.0  # after a fetch that failed
-_RETRY_WITHOUT_KEYS = 1.0
-_PAUSE = 10.0  # between two fetches that requests ask for: each could have an unknown key id
-_KEPT = 24 * 3600.0  # for which keys count if the issuer is away
-_WAIT = 0.5  # for which requests wait for a fetch, from its beginning: more of them together wait no longer
+WAIT = 0.5  # seconds for which a request may wait for keys
+_REFRESH = 300.0  # seconds between two fetches
+_RETRY = 10.0  # seconds after a fetch that failed
+_RETRY_WITHOUT_KEYS = 1.0  # seconds
+_PAUSE = 10.0  # seconds between two fetches that requests ask for; each request could name an unknown key
+_KEPT = 24 * 3600.0  # seconds for which the keys count if the issuer is away
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +28,9 @@ class KeySet:
     """The keys of an issuer."""
 
     def __init__(self, source: str, load: Callable[[], "Keys"]) -> None:
-        """Create it without keys. The first request starts the thread, or ``start``; a thread survives no fork.
+        """Create it without keys and without a thread, which would not survive a fork.
 
-        ``source`` is for the log. ``load`` returns the keys or raises KeySetError; the thread calls it.
+        ``source`` is for the log. The thread calls ``load``, which returns the keys or raises KeySetError.
         """
         self._source, self._load = source, load
         self.forget()
@@ -42,11 +41,11 @@ class KeySet:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._keys: Keys | None = None
-        self._fetched = -inf  # when the last fetch that succeeded began; this and the following in monotonic seconds
-        self._began = inf  # when the current fetch began
+        self._wanted = True  # whether a fetch is in progress, or is about to begin
+        self._began = inf  # when the fetch in progress began; this and the following in monotonic seconds
+        self._fetched = -inf  # when the last fetch that succeeded began
         self._asked = -inf  # when a request last asked for a fetch
-        self._wanted = True
-        self._trouble = ""  # that the log has
+        self._failure = ""  # what the log says about the last fetch
 
     def start(self) -> None:
         """Start the thread, unless it runs."""
@@ -57,8 +56,8 @@ class KeySet:
                 self._thread = threading.Thread(target=self._run, name="keys of tokens", daemon=True)
                 self._thread.start()
 
-    def current(self) -> "Keys":
-        """Return the keys. If there are none yet, wait for the first fetch.
+    def current(self, deadline: float) -> "Keys":
+        """Return the keys. If there are none yet, wait for the first fetch, until the deadline at most.
 
         Raises:
             KeysUnavailableError: there are no keys.
@@ -67,17 +66,17 @@ class KeySet:
         self.start()
         if not (keys := self._kept()):
             with self._changed:
-                self._wait()
+                self._wait(deadline)
             keys = self._kept()
         if not keys:
             raise KeysUnavailableError
         return keys
 
-    def newer(self) -> "Keys":
+    def newer(self, deadline: float) -> "Keys":
         """Return the keys after a fetch, or the current ones if requests may not ask for a fetch yet.
 
         Raises:
-            KeysUnavailableError: the fetch takes too long, or there are no keys.
+            KeysUnavailableError: the fetch is still in progress at the deadline, or there are no keys.
 
         """
         with self._changed:
@@ -85,15 +84,19 @@ class KeySet:
                 self._asked = time.monotonic()
                 self._wanted = True
                 self._changed.notify_all()
-            self._wait()
-            if self._wanted:
+            self._wait(deadline)
+            keys = self._kept()
+            if self._wanted or not keys:
                 raise KeysUnavailableError
-        return self.current()
+            return keys
 
-    def _wait(self) -> None:
-        """Wait for the fetch that is wanted, if there is one, until half a second after its beginning."""
-        deadline = time.monotonic() + _WAIT
-        while self._wanted and (left := min(deadline, self._began + _WAIT) - time.monotonic()) > 0:
+    def _wait(self, deadline: float) -> None:
+        """Wait for the fetch in progress, if there is one.
+
+        Requests wait for the first half second of a fetch only. Otherwise, requests with unknown keys could occupy
+        every thread while the issuer does not respond.
+        """
+        while self._wanted and (left := min(deadline, self._began + WAIT) - time.monotonic()) > 0:
             self._changed.wait(left)
 
     def _kept(self) -> "Keys | None":
@@ -121,20 +124,20 @@ class KeySet:
             self._log("the keys of tokens cannot be fetched", reason)
             return _RETRY if self._kept() else _RETRY_WITHOUT_KEYS
         if not self._keys or keys.listed != self._keys.listed:
-            self._keys = keys  # and forget what the old ones have verified: one of them may be withdrawn
+            self._keys = keys  # without the tokens that the old keys have verified
         self._fetched = began
-        if not keys.listed:  # the issuer's word: it has withdrawn all of them
+        if not keys.listed:  # the issuer has withdrawn all of its keys
             self._keys = None
             self._log("the key set has no key that can be used", "requests with a token fail")
             return _RETRY_WITHOUT_KEYS
         self._log("", "the keys of tokens are there again")
         return _REFRESH
 
-    def _log(self, trouble: str, text: str) -> None:
-        """Log a trouble once, and its end. The reason of a trouble may change with each fetch."""
-        if trouble != self._trouble:
-            self._trouble = trouble
-            log.warning("%s (%s)", f"{trouble}: {text}" if trouble else text, self._source)
+    def _log(self, failure: str, text: str) -> None:
+        """Log a failure when it begins, and when it has ended."""
+        if failure != self._failure:
+            self._failure = failure
+            log.warning("%s (%s)", f"{failure}: {text}" if failure else text, self._source)
 
 
 _key_sets: "WeakSet[KeySet]" = WeakSet()

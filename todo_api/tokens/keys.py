@@ -21,7 +21,7 @@ _ALGORITHMS: dict[tuple[object, object], tuple[str, ...]] = {
     ("EC", "P-521"): ("ES512",),
     ("RSA", None): ("RS256", "PS256"),
 }
-# A secret key. It is no secret any more if it has a URL.
+# Accepted in a file only: a key with a URL is no secret.
 _SECRETS: dict[tuple[object, object], tuple[str, ...]] = {("oct", None): ("HS256",)}
 _RSA_BITS = 2048
 _SECRET_BYTES = 32
@@ -42,10 +42,10 @@ class Key:
 
 
 class Keys:
-    """The keys of a key set, and the tokens that they have verified. New keys start with no tokens."""
+    """The keys of a key set, and the tokens that they have verified. Other keys must verify these tokens again."""
 
     def __init__(self, listed: list[Key]) -> None:
-        """Create it without tokens."""
+        """Create it without verified tokens."""
         self.listed = listed
         self._verified: dict[bytes, tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class Keys:
 def load(source: str) -> list[Key]:
     """Return the keys of a key set that can be used. ``source`` is a URL, or the path of a file.
 
-    The keys at a URL may be for other purposes too. A key in a file is there because somebody put it there.
+    A URL may list keys for other purposes, which are left out. In a file, a key that cannot be used is a mistake.
 
     Raises:
         KeySetError: the key set cannot be fetched or read, or a key in the file cannot be used.

@@ -8,12 +8,12 @@ from typing import Any
 import jwt
 
 from todo_api.tokens.errors import InvalidTokenError, KeysUnavailableError
-from todo_api.tokens.key_set import KeySet
+from todo_api.tokens.key_set import WAIT, KeySet
 from todo_api.tokens.keys import Keys, load
 
 _LEEWAY = 30  # seconds by which the clocks may differ
-_TYPES = {"jwt", "at+jwt"}  # of an access token; an issuer signs ID tokens and log-outs with the same keys
-_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")  # a signed token; an encrypted one has five
+_TYPES = {"jwt", "at+jwt"}  # of access tokens; issuers sign other kinds of tokens with the same keys
+_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")  # three segments; encrypted tokens have five
 _MOST_CHARACTERS = 255  # of a user's id
 _TIMES = ("exp", "nbf", "iat")
 _REQUIRED = ["exp", "sub", "iss", "aud"]
@@ -35,20 +35,21 @@ class Verifier:
             KeysUnavailableError: there are no keys now that could verify it.
 
         """
-        keys = self._key_set.current()
+        deadline = time.monotonic() + WAIT
+        keys = self._key_set.current(deadline)
         digest = hashlib.sha256(token.encode()).digest()
         if known := keys.verified(digest):
             user_id, expires = known
             if time.time() < expires:
                 return user_id
         try:
-            return self._verify(token, digest, keys)
+            return self._verify(token, digest, keys, deadline)
         except (InvalidTokenError, KeysUnavailableError):
             raise
-        except Exception:  # jwt's errors, and whatever else a token may cause: its text may have parts of the token
+        except Exception:  # jwt's errors, and all others that a token may cause; a message may have a part of the token
             raise InvalidTokenError from None
 
-    def _verify(self, token: str, digest: bytes, keys: Keys) -> str:
+    def _verify(self, token: str, digest: bytes, keys: Keys, deadline: float) -> str:
         if not _COMPACT.fullmatch(token):
             raise InvalidTokenError
         header = jwt.get_unverified_header(token)
@@ -56,7 +57,7 @@ class Verifier:
         if not _is_supported(header):
             raise InvalidTokenError
         if kid is not None and not keys.has(kid):
-            keys = self._key_set.newer()
+            keys = self._key_set.newer(deadline)
         if not (key := keys.find(kid, header.get("alg"))):
             raise InvalidTokenError
         claims = jwt.decode(
@@ -76,7 +77,7 @@ class Verifier:
 
 
 def _is_supported(header: dict[str, Any]) -> bool:
-    """Return whether the header has nothing that would change what the token means."""
+    """Return whether the token is of an accepted type and needs no extension."""
     media_type = header.get("typ", "JWT")
     return (
         isinstance(media_type, str)
