@@ -21,6 +21,9 @@ _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a databas
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
 _migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
 _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
+_checked: set[str] = (
+    set()
+)  # each AUTH_JWKS that was checked at the start: a file that is replaced later stops no worker
 
 
 def fail(reason: object) -> NoReturn:
@@ -39,7 +42,9 @@ def load_settings() -> Settings:
         os.chdir(config.ROOT)  # gunicorn does so later, but needs a folder until then
     try:
         settings = config.load()
-        tokens.check_key_file(settings)
+        if settings.auth_jwks not in _checked:
+            tokens.check_key_file(settings)
+            _checked.add(settings.auth_jwks)
         _ensure_temporary_folder(settings)
     except StartError as error:
         fail(error)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +34,10 @@ from tests.support.issuer import (
     running_issuer,
     send,
 )
-from tests.support.processes import free_port, wait_until
+from tests.support.problems import assert_problem
+from tests.support.processes import free_port, has_ended, wait_until
+from tests.support.processes import send as send_signal
+from tests.support.service import workers
 from todo_api import create_app, tokens
 from todo_api.config import Settings, StartError
 from todo_api.tokens import fetching, key_set, keys, verifier
@@ -412,25 +416,41 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, rea
     assert PRIVATE["d"] not in str(raised.value)
 
 
+def test_a_path_that_is_not_a_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for path in (tmp_path, pipe, Path("/dev/zero")):
+        with pytest.raises(StartError, match=f"AUTH_JWKS: {path}: it is not a file"):
+            tokens.check_key_file(Settings(auth_jwks=str(path)))
+
+
 def test_a_file_that_cannot_be_used_stops_the_start_with_one_line(tmp_path: Path) -> None:
-    (pipe := tmp_path / "keys").mkdir()
-    os.mkfifo(pipe / "pipe")
-    for file, reason in ((pipe, "it is not a file"), (pipe / "pipe", "it is not a file"), (pipe / "x", "No such file")):
-        variables = environment(AUTH_JWKS=file, AUTH_ISSUER=ISSUER, AUTH_AUDIENCE=AUDIENCE, DATA_DIR=tmp_path / "data")
-        done = subprocess.run(
-            [sys.executable, "wsgi.py"],
-            cwd=ROOT,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 3
-        [line] = done.stderr.splitlines()
-        assert line.startswith(f"todo_api: AUTH_JWKS: {file}: ")
-        assert reason in line
+    variables = environment(
+        AUTH_JWKS=tmp_path / "keys", AUTH_ISSUER=ISSUER, AUTH_AUDIENCE=AUDIENCE, DATA_DIR=tmp_path / "data"
+    )
+    command = [sys.executable, "wsgi.py"]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert done.stderr == f"todo_api: AUTH_JWKS: {tmp_path / 'keys'}: it cannot be read: No such file or directory\n"
     assert not (tmp_path / "data").exists()
+
+
+def test_a_file_that_gets_invalid_does_not_stop_a_service_whose_worker_is_replaced(
+    start: Start, database_url: str, tmp_path: Path
+) -> None:
+    source = write(file := tmp_path / "keys.json", FIRST.jwk)
+    settings = {"AUTH_JWKS": source, "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": AUDIENCE}
+    service = start(DATABASE_URL=database_url, **settings).wait()
+    token = bearer(FIRST.token())
+    assert service.client.get(PATH, headers=token).status_code == 200
+    file.write_text("")
+    [worker] = workers(service)
+    send_signal(signal.SIGKILL, worker)
+    wait_until(lambda: has_ended(worker) and bool(workers(service)) and service.answers())
+    assert_problem(service.client.get(PATH, headers=token), 503, "keys_unavailable")
+    write(file, FIRST.jwk)
+    wait_until(lambda: service.client.get(PATH, headers=token).status_code == 200)
+    assert service.stop() == 0
+    assert "it is not JSON" in service.log()
 
 
 # ---- processes

@@ -452,6 +452,16 @@ def test_the_same_idempotency_key_of_two_users_makes_two_tasks(users: tuple[http
     assert made[0]["id"] != made[1]["id"]
 
 
+def test_a_service_with_tokens_and_one_without_leave_the_tasks_of_each_other(
+    users: tuple[httpx.Client, httpx.Client], client: httpx.Client
+) -> None:
+    alice, bob = users
+    made = [create(sender, "Buy milk") for sender in (client, alice)]
+    assert client.get("/api/tasks").json() == made[:1]
+    assert alice.get("/api/tasks").json() == made[1:]
+    assert bob.get("/api/tasks").json() == []
+
+
 # ---- the log
 
 
