@@ -77,8 +77,10 @@ def client_of(settings: Settings) -> FlaskClient:
 
 @pytest.fixture
 def client(settings: Settings) -> FlaskClient:
-    """Return the client of an application that trusts the issuer."""
-    return client_of(settings)
+    """Return the client of an application that trusts the issuer, and has its keys."""
+    client = client_of(settings)
+    wait_until(lambda: accepts(client, FIRST.token("nobody")))
+    return client
 
 
 def call(client: FlaskClient, token: str) -> TestResponse:
@@ -187,7 +189,8 @@ def test_a_wrong_key_set_changes_nothing_and_is_logged_once(
 
 
 @pytest.mark.parametrize("fault", ["slow drip", "no response", "HTML", "10 MB"])
-def test_without_keys_only_calls_with_a_token_fail(fault: str, client: FlaskClient, issuer: Issuer) -> None:
+def test_without_keys_only_calls_with_a_token_fail(fault: str, settings: Settings, issuer: Issuer) -> None:
+    client = client_of(settings)
     issuer.respond = FAULTS[fault]
     for _ in range(3):
         assert_unavailable(call(client, FIRST.token()))
@@ -258,11 +261,15 @@ def test_a_remembered_token_of_a_replaced_key_does_not_count(client: FlaskClient
 
 
 def test_a_new_key_counts_at_once(client: FlaskClient, issuer: Issuer) -> None:
-    assert accepts(client, FIRST.token())
-    issuer.keys = [FIRST.jwk, SECOND.jwk]  # a moment after the first fetch, as if it had just begun to sign
+    issuer.keys = [FIRST.jwk, SECOND.jwk]  # a moment after the first fetch
+
+    def first_answer(_number: int) -> str:
+        while (answer := kind(call(client, SECOND.token()))) == "keys_unavailable":  # the machine is busy
+            time.sleep(0.1)
+        return answer
+
     with ThreadPoolExecutor(8) as pool:
-        accepted = list(pool.map(lambda _: accepts(client, SECOND.token()), range(8)))
-    assert accepted == [True] * 8
+        assert list(pool.map(first_answer, range(8))) == ["not_found"] * 8
     assert accepts(client, FIRST.token())
     assert len(issuer.fetches) == 2
 
@@ -272,22 +279,23 @@ def test_unknown_keys_are_looked_for_at_most_once_in_ten_seconds(client: FlaskCl
     assert accepts(client, valid)
     began = time.monotonic()
     for number in range(100):
-        assert kind(call(client, UNKNOWN.sign(claims(), kid=f"{number}"))) == "invalid_token"
+        answer = kind(call(client, UNKNOWN.sign(claims(), kid=f"{number}")))
+        assert answer == "invalid_token" or (answer == "keys_unavailable" and number == 0)
         assert accepts(client, valid)
     assert len(issuer.fetches) <= 2 + (time.monotonic() - began) / 10
-    issuer.keys = [FIRST.jwk, SECOND.jwk]
-    refused = call(client, SECOND.token())
-    assert kind(refused) == "invalid_token" or time.monotonic() - began > 10
 
 
-def test_requests_wait_for_half_a_second_together(client: FlaskClient, issuer: Issuer) -> None:
-    valid = FIRST.token()
-    assert accepts(client, valid)
-    issuer.respond = FAULTS["no response"]
+def test_requests_wait_for_half_a_second_together(
+    client: FlaskClient, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_TIMEOUT", 60)
+    ended = threading.Event()
+    issuer.respond = lambda _handler: ended.wait()
     began = time.monotonic()
-    kinds = [kind(call(client, UNKNOWN.token())) for _ in range(20)]
-    assert time.monotonic() - began < 2.9  # one after the other, while the one fetch takes three seconds
-    assert kinds == ["keys_unavailable"] * 20
+    kinds = [kind(call(client, UNKNOWN.token())) for _ in range(40)]
+    assert time.monotonic() - began < 10  # one after the other, each for half a second, would be 20
+    ended.set()
+    assert kinds == ["keys_unavailable"] * 40
     assert len(issuer.fetches) == 2
 
 
@@ -296,7 +304,8 @@ def test_valid_tokens_are_answered_during_a_flood_of_unknown_keys(
 ) -> None:
     service = start(DATABASE_URL=database_url, WEB_THREADS=4, **issuer.settings()).wait()
     valid = FIRST.token()
-    assert service.client.get(PATH, headers=bearer(valid)).status_code == 200
+    wait_until(lambda: service.client.get(PATH, headers=bearer(valid)).status_code == 200)
+    began = time.monotonic()
     issuer.respond = FAULTS["slow drip"]
     flooding = threading.Event()
     kinds = set()
@@ -321,7 +330,7 @@ def test_valid_tokens_are_answered_during_a_flood_of_unknown_keys(
         for thread in threads:
             thread.join()
     assert kinds <= {"invalid_token", "keys_unavailable"}
-    assert len(issuer.fetches) <= 4
+    assert len(issuer.fetches) <= 2 + (time.monotonic() - began) / 10
     assert [seconds for seconds in service.took(200) if seconds > 1] == []
     assert service.log().count("the keys of tokens cannot be fetched") == 1
 
@@ -338,7 +347,7 @@ def test_a_token_is_verified_once(client: FlaskClient, monkeypatch: pytest.Monke
 
 def test_a_remembered_token_ends_with_its_exp(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier, "_LEEWAY", 0)
-    token = FIRST.token(exp=int(time.time()) + 3)
+    token = FIRST.token(exp=int(time.time()) + 4)
     assert accepts(client, token)
     wait_until(lambda: not accepts(client, token))
     assert kind(call(client, token)) == "invalid_token"
@@ -369,8 +378,8 @@ def write(file: Path, *listed: object) -> str:
 def test_a_key_set_can_be_a_file(tmp_path: Path, settings: Settings) -> None:
     secret = SigningKey("secret", "HS256", bits=256)
     client = client_of(replace(settings, auth_jwks=write(tmp_path / "keys.json", FIRST.jwk, secret.jwk)))
-    for key in (FIRST, secret):
-        assert accepts(client, key.token())
+    wait_until(lambda: accepts(client, FIRST.token()))
+    assert accepts(client, secret.token())
     assert kind(call(client, SECOND.token())) == "invalid_token"
     secret.algorithm = "HS512"
     assert kind(call(client, secret.token())) == "invalid_token"
@@ -442,7 +451,7 @@ def test_a_file_that_gets_invalid_does_not_stop_a_service_whose_worker_is_replac
     settings = {"AUTH_JWKS": source, "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": AUDIENCE}
     service = start(DATABASE_URL=database_url, **settings).wait()
     token = bearer(FIRST.token())
-    assert service.client.get(PATH, headers=token).status_code == 200
+    wait_until(lambda: service.client.get(PATH, headers=token).status_code == 200)
     file.write_text("")
     [worker] = workers(service)
     send_signal(signal.SIGKILL, worker)
@@ -458,11 +467,14 @@ def test_a_file_that_gets_invalid_does_not_stop_a_service_whose_worker_is_replac
 # ---- processes
 
 FORKS = """
-import os, sys, json
+import json, os, sys, time
 from todo_api import create_app
 from tests.support.issuer import bearer
 client = create_app().test_client()
-status = lambda: client.get("/api/nothing", headers=bearer(sys.argv[1])).status_code
+def status():
+    while (answer := client.get("/api/nothing", headers=bearer(sys.argv[1])).status_code) == 503:
+        time.sleep(0.1)
+    return answer
 seen = [status()] if sys.argv[2] == "after a request" else []
 child = os.fork()
 seen.append(status())

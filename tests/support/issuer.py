@@ -86,7 +86,7 @@ class Issuer:
         """Serve the public parts of keys, at a port; 0 is any free one."""
         self.keys: list[Any] = [key.jwk for key in keys]
         self.fetches: list[str] = []  # the paths of the requests
-        self.respond: Callable[[BaseHTTPRequestHandler], None] = self.respond_with_keys
+        self.respond: Callable[[BaseHTTPRequestHandler], object] = self.respond_with_keys
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
