@@ -13,7 +13,7 @@ import httpx
 import jwt
 import pytest
 
-from tests.docs.test_readme import BETTER_AUTH, SIGN_UP, TOKENS
+from tests.docs.test_readme import BETTER_AUTH, READMES, SIGN_UP, TOKENS
 from tests.support.fixtures import Start
 from tests.support.issuer import Json, bearer
 from tests.support.optional_tools import NPM, missing, program
@@ -137,6 +137,11 @@ def create(service: Service, token: str, title: str) -> Json:
     assert response.status_code == 201, response.text
     task: Json = response.json()
     return task
+
+
+def test_the_package_has_the_tested_version() -> None:
+    package = json.loads((NPM / "package.json").read_text(encoding="utf-8"))
+    assert f"`npm install better-auth@{package['dependencies']['better-auth']}`" in READMES[".deploy/README.md"]
 
 
 def test_the_commands_of_the_readme_create_a_task(better_auth: Run, serve: Serve, tmp_path: Path) -> None:
