@@ -338,9 +338,14 @@ def test_valid_tokens_are_answered_during_a_flood_of_unknown_keys(
 # ---- remembered tokens
 
 
-def test_a_token_is_verified_once(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+def test_a_token_is_verified_once_as_long_as_the_keys_stay(
+    client: FlaskClient, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = FIRST.token()
     assert accepts(client, token)
+    seen = len(issuer.fetches)
+    wait_until(lambda: len(issuer.fetches) > seen + 1)
     monkeypatch.setattr(jwt, "decode", lambda *_args, **_kwargs: pytest.fail("the token is verified again"))
     assert accepts(client, token)
 
