@@ -55,6 +55,14 @@ def issuer() -> Iterator[Issuer]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def _no_fetches_after_the_test() -> Iterator[None]:
+    """Let the threads of the test's applications sleep after it. They have no end, and would log that fetches fail."""
+    yield
+    for found in list(vars(key_set)["_key_sets"]):
+        pytest.MonkeyPatch().setattr(found, "_load", threading.Event().wait)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a minute pass in a second or so."""
