@@ -96,6 +96,20 @@ def test_a_slow_response_over_tls_is_cut_off(issuer: Issuer, monkeypatch: pytest
     assert time.monotonic() - began < 20  # the drip takes 30
 
 
+def test_no_more_is_read_than_a_key_set_may_have(issuer: Issuer) -> None:
+    sent = []
+
+    def send_a_lot(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        with suppress(OSError):
+            for _ in range(1000):
+                sent.append(handler.wfile.write(b" " * 65_536))
+
+    issuer.respond = send_a_lot
+    assert_fails(issuer.url, "larger than 65536 bytes")
+    assert sum(sent) < 32 * 1024 * 1024  # what the kernel keeps for a connection
+
+
 def test_a_server_that_accepts_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_CONNECT_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
