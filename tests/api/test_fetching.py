@@ -97,13 +97,12 @@ def test_a_slow_response_over_tls_is_cut_off(issuer: Issuer, monkeypatch: pytest
 
 
 def test_no_more_is_read_than_a_key_set_may_have(issuer: Issuer) -> None:
-    sent = []
+    sent: list[int] = []
 
     def send_a_lot(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
         with suppress(OSError):
-            for _ in range(1000):
-                sent.append(handler.wfile.write(b" " * 65_536))
+            sent.extend(handler.wfile.write(b" " * 65_536) for _ in range(1000))
 
     issuer.respond = send_a_lot
     assert_fails(issuer.url, "larger than 65536 bytes")
