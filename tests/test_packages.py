@@ -19,13 +19,17 @@ PROJECT_IMPORTS = {
     "todo_api.logs": set[str](),
     "todo_api.database": {"todo_api.config", "todo_api.database"},
     "todo_api.embedded": {"todo_api.config", "todo_api.embedded"},
-    "todo_api.api": {"todo_api.api", "todo_api.database", "todo_api.config"},
-    "todo_api.startup": {"todo_api.config", "todo_api.database", "todo_api.embedded"},
+    "todo_api.tokens": {"todo_api.config", "todo_api.tokens"},
+    "todo_api.api": {"todo_api.api", "todo_api.database", "todo_api.config", "todo_api.tokens"},
+    "todo_api.startup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.tokens"},
     "todo_api.commands": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
-    "todo_api": {"todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.startup"},
+    "todo_api": {
+        *("todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.startup"),
+        "todo_api.tokens",
+    },
     "todo_api.server": {
         *("todo_api.api", "todo_api.config", "todo_api.database", "todo_api.logs", "todo_api.server"),
-        "todo_api.startup",
+        *("todo_api.startup", "todo_api.tokens"),
     },
 }
 # The only places that may import each library.
@@ -41,6 +45,7 @@ LIBRARIES = {
     "psycopg": {"todo_api.database", "todo_api.embedded"},
     "psycopg_pool": {"todo_api.database"},
     "yoyo": {"todo_api.database"},
+    "jwt": {"todo_api.tokens"},
     "psutil": {"todo_api.embedded"},
     "environs": {"todo_api.config"},
     "dotenv": {"todo_api.config"},
@@ -106,10 +111,11 @@ def test_a_library_is_imported_only_in_its_places(library: str) -> None:
     assert importing == LIBRARIES[library]
 
 
-def test_other_packages_do_not_import_the_modules_of_database() -> None:
+@pytest.mark.parametrize("package", ["todo_api.database", "todo_api.tokens"])
+def test_other_packages_do_not_import_the_modules_of_a_package(package: str) -> None:
     for module in MODULES:
-        if place_of(name_of(module)) != "todo_api.database":
-            assert not [name for name in imported_names(module) if name.startswith("todo_api.database.")], module
+        if place_of(name_of(module)) != package:
+            assert not [name for name in imported_names(module) if name.startswith(f"{package}.")], module
 
 
 def test_only_config_reads_the_environment() -> None:

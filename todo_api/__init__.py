@@ -2,8 +2,8 @@
 
 from flask import Flask
 
-from todo_api import commands, config, startup
-from todo_api.api import body, cors, docs, health, middleware, openapi, origins, problems, tasks
+from todo_api import commands, config, startup, tokens
+from todo_api.api import body, cors, docs, health, identity, middleware, openapi, origins, problems, tasks
 from todo_api.api.application import Application
 from todo_api.database import Database
 
@@ -18,7 +18,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     """
     settings = settings or config.load()
     app = Application(__name__, static_folder=None)
-    app.config.update(USER_ID=settings.user_id, MAX_CONTENT_LENGTH=settings.max_body_bytes)
+    app.config.update(MAX_CONTENT_LENGTH=settings.max_body_bytes)
     app.config["APPLICATION_ROOT"] = settings.url_prefix + settings.script_name or "/"
     app.extensions["database"] = Database(
         lambda: startup.prepare(settings),
@@ -31,7 +31,8 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     cors.init_app(app, settings.cors_origins)
     origins.init_app(app, settings)
     body.init_app(app)
-    tasks.init_app(app, openapi.init_app(app))
+    identity.init_app(app, settings.user_id, tokens.create_verifier(settings))  # after the body is read
+    tasks.init_app(app, openapi.init_app(app, needs_token=bool(settings.auth_jwks)))
     docs.init_app(app)
     health.init_app(app)
     problems.init_app(app)

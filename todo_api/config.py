@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values, find_dotenv, load_dotenv
 from environs import Env, ValidationError, validate
@@ -39,7 +40,9 @@ class Settings:
     web_concurrency: int = 1
     web_threads: int = 4
     user_id: str = "local"
-    auth_jwks: str = ""
+    auth_jwks: str = ""  # a URL, or the absolute path of a file
+    auth_issuer: str = ""
+    auth_audience: str = ""
     allow_anonymous: bool = False
     trusted_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 64 * 1024
@@ -87,6 +90,7 @@ def _read() -> Settings:
             "URL_PREFIX and SCRIPT_NAME are both set: set URL_PREFIX if the proxy removes the prefix from the URL, and "
             "SCRIPT_NAME if it does not"
         )
+    _check_tokens()
     _use_system_certificates()
     return Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_check_database_url),
@@ -101,7 +105,9 @@ def _read() -> Settings:
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=_check_number),
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=_check_number),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _check_text]),
-        auth_jwks=env.str("AUTH_JWKS", Settings.auth_jwks),
+        auth_jwks=_key_set(env.str("AUTH_JWKS", "", validate=_check_key_set)),
+        auth_issuer=env.str("AUTH_ISSUER", "", validate=_check_text),
+        auth_audience=env.str("AUTH_AUDIENCE", "", validate=_check_text),
         allow_anonymous=env.bool("ALLOW_ANONYMOUS", Settings.allow_anonymous),
         trusted_hosts=_hosts(env.str("TRUSTED_HOSTS", "", validate=_check_hosts)),
         max_body_bytes=env.int("MAX_BODY_BYTES", Settings.max_body_bytes, validate=validate.Range(1024, 2**30)),
@@ -191,6 +197,52 @@ def _check_path(path: Path) -> None:
 
 def _folder(path: Path | None) -> Path | None:
     return path and ROOT / path.expanduser()
+
+
+_TOKENS = ("AUTH_JWKS", "AUTH_ISSUER", "AUTH_AUDIENCE")
+# No user and no fragment. A key set is public, so its URL needs no password.
+_KEY_SET_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[!-\"$-~]*)?")
+
+
+def _check_tokens() -> None:
+    missing = [name for name in _TOKENS if name not in os.environ]
+    if missing and len(missing) < len(_TOKENS):
+        raise StartError(f"{', '.join(_TOKENS)} must be set together, but {' and '.join(missing)} is not set")
+
+
+def _is_url(key_set: str) -> bool:
+    return "://" in key_set
+
+
+def _check_key_set(key_set: str) -> None:
+    if not _is_url(key_set):
+        _check_text(key_set)
+        _check_path(Path(key_set))
+        return
+    # The messages do not show the value, because it may contain a password.
+    if not _KEY_SET_URL.fullmatch(key_set) or not _has_port(key_set):
+        raise ValidationError("It must be a URL such as https://auth.example.com/api/auth/jwks, or the path of a file.")
+    if key_set.startswith("http:") and not _is_loopback(urlsplit(key_set).hostname or ""):
+        raise ValidationError("It must begin with https://, unless the host is localhost or another loopback address.")
+
+
+def _has_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        return False
+
+
+def _key_set(given: str) -> str:
+    # A relative path is relative to the project, as that of DATA_DIR is.
+    return given if _is_url(given) or not given else str(ROOT / Path(given).expanduser())
 
 
 _MAX_PREFIX_LENGTH = 100

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from todo_api import config, database, embedded
+from todo_api import config, database, embedded, tokens
 from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a databas
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
 _migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
 _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
+_checked: set[str] = (
+    set()
+)  # each AUTH_JWKS that was checked at the start: a file that is replaced later stops no worker
 
 
 def fail(reason: object) -> NoReturn:
@@ -41,6 +44,9 @@ def load_settings() -> Settings:
         os.chdir(config.ROOT)  # gunicorn does so later, but needs a folder until then
     try:
         settings = config.load()
+        if settings.auth_jwks not in _checked:
+            tokens.check_key_file(settings)
+            _checked.add(settings.auth_jwks)
         _ensure_temporary_folder(settings)
     except StartError as error:
         fail(error)

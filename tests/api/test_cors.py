@@ -18,8 +18,8 @@ OTHER_ORIGINS = [
     "https://appxexample",
     "null",
 ]
-EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "X-Request-ID"}
-REQUEST_HEADERS = ["Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID"]
+EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "WWW-Authenticate", "X-Request-ID"}
+REQUEST_HEADERS = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID"]
 METHODS = {
     "/api/tasks": ["GET", "POST"],
     "/api/tasks/1": ["GET", "PATCH", "DELETE"],
@@ -140,5 +140,5 @@ def test_methods_and_headers_that_the_api_does_not_have_are_not_allowed(cors_cli
     assert "access-control-allow-methods" not in cors_headers(
         preflight(cors_client, "/api/tasks", "PUT", "content-type")
     )
-    allowed = cors_headers(preflight(cors_client, "/api/tasks", "GET", "authorization, x-other, if-match"))
+    allowed = cors_headers(preflight(cors_client, "/api/tasks", "GET", "cookie, x-other, if-match"))
     assert lower_case_names(allowed["access-control-allow-headers"]) == {"if-match"}

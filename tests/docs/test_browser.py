@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.support.fixtures import Create
+from tests.support.issuer import SigningKey, running_issuer
 from tests.support.optional_tools import program
 from tests.support.service import Service
 
@@ -139,6 +140,42 @@ def test_a_task_can_be_read_and_changed_on_the_docs_page(docs: Visit) -> None:
     assert docs.errors == []
 
 
+def authorize(page: Page, token: str) -> None:
+    """Enter a token in the dialog of the Authorize button."""
+    page.locator(".auth-wrapper .btn.authorize").click()
+    page.locator(".modal-ux input").fill(token)
+    page.locator(".modal-ux .btn.authorize").click()
+    page.locator(".modal-ux .btn-done").click()
+    expect(page.locator(".modal-ux")).to_have_count(0)
+
+
+def test_the_docs_page_sends_the_token_of_its_authorize_button_until_it_is_closed(
+    visit: Visit, start: Callable[..., Service], database_url: str
+) -> None:
+    key = SigningKey()
+    with running_issuer(key) as issuer:
+        service = start(DATABASE_URL=database_url, **issuer.settings()).wait()
+        visit.page.goto(f"{service.url}/docs")
+        status, problem = execute(visit.page, "list_tasks")
+        assert (status, problem["type"]) == (401, "authentication_required")
+        authorize(visit.page, key.token("alice"))
+        status, task = execute(visit.page, "create_task", body='{"title": "Buy milk"}')
+        assert (status, task["user_id"]) == (201, "alice")
+        for call in ("get_task", "toggle_task", "update_task", "delete_task"):
+            assert execute(visit.page, call, task_id=task["id"])[0] == 200
+        visit.page.goto("about:blank")
+        visit.page.goto(f"{service.url}/docs")
+        assert execute(visit.page, "list_tasks")[0] == 401
+    assert visit.page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    assert visit.origins() == {service.url}
+    assert [error for error in visit.errors if "401" not in error] == []
+
+
+def test_the_docs_page_shows_the_authorize_button_if_a_token_is_optional(docs: Visit) -> None:
+    authorize(docs.page, "not looked at")
+    assert execute(docs.page, "list_tasks") == (200, [])
+
+
 class FrontEnd(http.server.BaseHTTPRequestHandler):
     """A server of an empty page, in which a test runs its script."""
 
@@ -191,6 +228,24 @@ def test_a_front_end_of_an_allowed_origin_can_use_the_api(visit: Visit, cors_ser
     assert (seen["patched"]["ETag"], seen["patched"]["body"]["description"]) == ('"3"', "changed")
     assert (seen["stale"]["status"], seen["stale"]["ETag"]) == (412, '"3"')
     assert (seen["deleted"]["status"], seen["gone"]["status"]) == (200, 404)
+
+
+def test_a_front_end_can_send_a_token_and_read_the_challenge(
+    visit: Visit, start: Callable[..., Service], database_url: str, origin: str
+) -> None:
+    key = SigningKey()
+    with running_issuer(key) as issuer:
+        service = start(DATABASE_URL=database_url, CORS_ORIGINS=origin, **issuer.settings()).wait()
+        visit.page.goto(origin)
+        script = """async ([url, token]) => {
+          const response = await fetch(url, {headers: token ? {Authorization: `Bearer ${token}`} : {}});
+          return [response.status, response.headers.get("WWW-Authenticate")];
+        }"""
+        tasks = f"{service.url}/api/tasks"
+        assert visit.page.evaluate(script, [tasks, key.token()]) == [200, None]
+        assert visit.page.evaluate(script, [tasks, ""]) == [401, "Bearer"]
+        status, challenge = visit.page.evaluate(script, [tasks, "x"])
+        assert (status, challenge.partition(",")[0]) == (401, 'Bearer error="invalid_token"')
 
 
 def test_a_front_end_of_an_origin_that_is_not_allowed_cannot_use_the_api(

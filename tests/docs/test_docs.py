@@ -1,20 +1,25 @@
 """The OpenAPI document describes the API completely, and its page loads nothing from other servers."""
 
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.environment import ROOT, environment
 from tests.support.service import Service
 
 CALLS = {
-    ("get", "/api/tasks"): {200, 304, 400, 413, 421, 500, 503},
-    ("post", "/api/tasks"): {201, 400, 403, 413, 415, 421, 422, 500, 503},
-    ("get", "/api/tasks/{task_id}"): {200, 304, 400, 404, 413, 421, 500, 503},
-    ("patch", "/api/tasks/{task_id}"): {200, 400, 403, 404, 412, 413, 415, 421, 500, 503},
-    ("delete", "/api/tasks/{task_id}"): {200, 400, 403, 404, 412, 413, 421, 500, 503},
-    ("post", "/api/tasks/{task_id}/toggle"): {200, 400, 403, 404, 412, 413, 421, 500, 503},
+    ("get", "/api/tasks"): {200, 304, 400, 401, 413, 421, 500, 503},
+    ("post", "/api/tasks"): {201, 400, 401, 403, 413, 415, 421, 422, 500, 503},
+    ("get", "/api/tasks/{task_id}"): {200, 304, 400, 401, 404, 413, 421, 500, 503},
+    ("patch", "/api/tasks/{task_id}"): {200, 400, 401, 403, 404, 412, 413, 415, 421, 500, 503},
+    ("delete", "/api/tasks/{task_id}"): {200, 400, 401, 403, 404, 412, 413, 421, 500, 503},
+    ("post", "/api/tasks/{task_id}/toggle"): {200, 400, 401, 403, 404, 412, 413, 421, 500, 503},
 }
 REQUEST_HEADERS = {
     ("get", "/api/tasks"): {"If-None-Match"},
@@ -24,7 +29,12 @@ REQUEST_HEADERS = {
     ("delete", "/api/tasks/{task_id}"): {"If-Match"},
     ("post", "/api/tasks/{task_id}/toggle"): {"If-Match"},
 }
-RESPONSE_HEADERS = {304: {"Cache-Control", "ETag", "Link"}, 412: {"ETag"}, 503: {"Retry-After"}}
+RESPONSE_HEADERS = {
+    304: {"Cache-Control", "ETag", "Link"},
+    401: {"WWW-Authenticate"},
+    412: {"ETag"},
+    503: {"Retry-After"},
+}
 ASSETS = ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js", "docs/favicon-32x32.png", "docs/page.js"]
 
 
@@ -107,6 +117,33 @@ def test_bodies_are_documented_with_both_media_types_of_a_patch(document: dict[s
     patch = document["paths"]["/api/tasks/{task_id}"]["patch"]["requestBody"]
     assert set(patch["content"]) == {"application/json", "application/merge-patch+json"}
     assert list(document["paths"]["/api/tasks"]["post"]["requestBody"]["content"]) == ["application/json"]
+
+
+def test_a_token_is_described_and_optional(document: dict[str, Any]) -> None:
+    scheme = document["components"]["securitySchemes"]["bearerAuth"]
+    assert (scheme["type"], scheme["scheme"], scheme["bearerFormat"]) == ("http", "bearer", "JWT")
+    assert document["security"] == [{}, {"bearerAuth": []}]
+    assert not [item for path in document["paths"].values() for item in path.values() if "security" in item]
+
+
+def test_with_auth_jwks_a_token_is_required_and_the_rest_of_the_document_is_the_same(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = environment(AUTH_JWKS="https://auth.example/jwks", AUTH_ISSUER="https://auth.example", AUTH_AUDIENCE="x")
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "openapi", "write", str(tmp_path / "document")]
+    subprocess.run(command, cwd=ROOT, env=settings, timeout=60, check=True)
+    written = json.loads((tmp_path / "document").read_text(encoding="utf-8"))
+    assert written == document | {"security": [{"bearerAuth": []}]}
+
+
+def test_the_two_problems_of_401_and_503_are_documented(document: dict[str, Any]) -> None:
+    responses = document["paths"]["/api/tasks"]["get"]["responses"]
+    kinds = {
+        status: set(resolve(document, responses[status])["content"]["application/problem+json"]["examples"])
+        for status in ("401", "503")
+    }
+    assert kinds["401"] == {"authentication_required", "invalid_token"}
+    assert kinds["503"] == {"database_unavailable", "keys_unavailable"}
 
 
 def test_the_pattern_of_titles_rejects_exactly_the_whitespace_of_python(document: dict[str, Any]) -> None:

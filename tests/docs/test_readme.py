@@ -57,6 +57,9 @@ PAGES = block("README.md", "for title")
 CONDITIONS = block("README.md", "curl -s -o")
 RETRIES = block("README.md", "for attempt")
 TREE = block("README.md", "wsgi.py", "")
+TOKENS = block("README.md", "AUTH_JWKS=")
+SIGN_UP = block("README.md", "AUTH=")
+BETTER_AUTH = block(".deploy/README.md", "import { betterAuth }", "js")
 OWN_POSTGRESQL = block(".deploy/README.md", "DATABASE_URL=")
 PSQL = block("sql/README.md", "psql -X -v ON_ERROR_STOP=1 -v task")
 ROWS = block("sql/README.md", "id |", "")
@@ -205,12 +208,12 @@ def test_the_tables_list_every_setting_and_every_problem() -> None:
     problem_rows = [re.match(r"\| (\d+) \| `(\w+)` \|", row) for row in rows]
     listed = {(int(row[1]), row[2]) for row in problem_rows if row}
     known = {(status, kind) for status, (kind, _) in problems.KINDS.items()}
-    assert listed == known | {(400, "validation_error")}
+    assert listed == known | {(status, kind) for kind, (status, _) in problems.OTHER_KINDS.items()}
 
 
 def test_the_settings_in_the_text_are_in_the_table_with_the_same_default() -> None:
     shown = re.findall(r"`([A-Z_]+)`\s+\(`?([^`)]+)`?\)", README.partition("## Settings")[2].partition("\n## ")[0])
-    names = ["DATA_DIR", "DATABASE_ROLE", "HOST", "PORT", "USER_ID", "ALLOW_ANONYMOUS", "CORS_ORIGINS"]
+    names = ["DATA_DIR", "DATABASE_ROLE", "HOST", "PORT", "USER_ID", "ALLOW_ANONYMOUS", "AUTH_JWKS", "CORS_ORIGINS"]
     assert [name for name, _ in shown] == names
     rows = [line.split("|") for line in READMES[".deploy/README.md"].splitlines() if line.startswith("| ")]
     for name, default in shown:

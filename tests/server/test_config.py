@@ -34,6 +34,7 @@ INVALID = [
     ("CORS_ORIGINS", "app.example"),
     ("ALLOW_ANONYMOUS", "maybe"),
     ("TRUSTED_HOSTS", "https://todo.example.com"),
+    ("AUTH_JWKS", "http://auth.example/jwks"),
 ]
 ALSO_INVALID = [  # the same function rejects them, so one process is enough
     ("URL_PREFIX", "todo"),
@@ -91,6 +92,42 @@ ALSO_INVALID = [  # the same function rejects them, so one process is enough
     ("TRUSTED_HOSTS", "[fd00::5]:443"),
     ("TRUSTED_HOSTS", "[fd00::5"),
     ("TRUSTED_HOSTS", "fe80::5%eth0"),
+    ("AUTH_ISSUER", "https://auth.example"),  # without the other two
+    ("AUTH_AUDIENCE", "https://todo.example"),
+    ("AUTH_JWKS", "https://auth.example/jwks"),
+]
+TOKENS = {
+    "AUTH_JWKS": "https://auth.example/jwks",
+    "AUTH_ISSUER": "https://auth.example",
+    "AUTH_AUDIENCE": "https://todo.example",
+}
+INVALID_FOR_TOKENS = [
+    *(("AUTH_JWKS", f"http://{host}/jwks") for host in ("auth.example", "10.0.0.1", "128.0.0.1", "127.0.0.1.example")),
+    *(("AUTH_JWKS", f"http://{host}/jwks") for host in ("[::2]", "localhost.example", "2130706433", "127.1")),
+    *(("AUTH_JWKS", f"{scheme}://auth.example/jwks") for scheme in ("ftp", "HTTPS", "file", "")),
+    *(("AUTH_JWKS", f"https://{PASSWORD}@auth.example/{end}") for end in ("", "jwks")),
+    *(("AUTH_JWKS", f"https://user:{PASSWORD}@localhost{end}") for end in ("", "/jwks")),
+    *(
+        ("AUTH_JWKS", f"https://{rest}")
+        for rest in ("", "/jwks", "a b/", "auth.example:0/", "auth.example:99999/", "[x]/")
+    ),
+    *(("AUTH_JWKS", f"https://auth.example/{end}") for end in ("#keys", "jw ks", "\n", "ä")),
+    ("AUTH_JWKS", "~nobody-of-this-name/keys"),
+    ("AUTH_JWKS", "keys\udcff"),
+    ("AUTH_ISSUER", "two\nlines"),
+    ("AUTH_ISSUER", "\udcff"),
+    ("AUTH_AUDIENCE", "two\nlines"),
+    *((name, "") for name in TOKENS),
+    *((name, "  ") for name in TOKENS),
+]
+VALID_FOR_TOKENS = [
+    *(
+        "https://auth.example",
+        "https://auth.example:8443/a/jwks?x=1",
+        "https://10.0.0.1/jwks",
+        "https://[2001:db8::1]/",
+    ),
+    *("http://localhost:3000/jwks", "http://127.0.0.1/jwks", "http://127.8.9.1:1/", "http://[::1]:3000/jwks"),
 ]
 
 
@@ -165,6 +202,30 @@ def test_an_invalid_value_is_reported_in_one_line(
     assert errors.count("\n") == 1
     assert name in errors
     assert PASSWORD not in errors
+
+
+@pytest.mark.parametrize(("name", "value"), INVALID_FOR_TOKENS)
+def test_an_invalid_setting_for_tokens_is_reported_in_one_line(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for other, valid in TOKENS.items():
+        monkeypatch.setenv(other, valid)
+    test_an_invalid_value_is_reported_in_one_line(name, value, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("url", VALID_FOR_TOKENS)
+def test_the_url_of_a_key_set_is_https_or_of_a_loopback_address(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TOKENS | {"AUTH_JWKS": url}).items():
+        monkeypatch.setenv(name, value)
+    read = config.load()
+    assert [read.auth_jwks, read.auth_issuer, read.auth_audience] == [url, *list(TOKENS.values())[1:]]
+
+
+@pytest.mark.parametrize("path", ["keys.json", "~/keys.json", "/etc/todo/keys.json"])
+def test_the_key_set_may_be_a_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TOKENS | {"AUTH_JWKS": path}).items():
+        monkeypatch.setenv(name, value)
+    assert config.load().auth_jwks == str(ROOT / Path(path).expanduser())
 
 
 def test_dotenv_is_read_and_the_environment_overrides_it(project: Path) -> None:

@@ -17,6 +17,7 @@ from psycopg.rows import TupleRow
 
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
+from tests.support.issuer import SigningKey, bearer, running_issuer
 from tests.support.load import Load, assert_acknowledged_once
 from tests.support.optional_tools import program
 from tests.support.pages import SEED, pages
@@ -180,6 +181,21 @@ def test_a_body_over_the_limit_gets_the_same_problem_as_without_nginx(nginx: Ser
             response = client.post("/api/tasks", content=body, headers=JSON)
             assert assert_problem(response, 413, "content_too_large")["title"] == "Content Too Large"
     assert nginx.client.post("/api/tasks", content=b'{"title": "x"}'.ljust(65_536), headers=JSON).status_code == 201
+
+
+def test_requests_without_a_valid_token_and_with_a_body_disturb_no_others(
+    start: Start, tmp_path: Path, database_url: str
+) -> None:
+    key = SigningKey()
+    with running_issuer(key) as issuer:
+        nginx = start_nginx(start, tmp_path, start(DATABASE_URL=database_url, **issuer.settings()).wait())
+        valid = bearer(key.token())
+        wait_until(lambda: nginx.client.get("/api/tasks?limit=1", headers=valid).status_code == 200)
+        for given in [{}, bearer("x"), {"Authorization": "Basic x"}] * 5:
+            refused = nginx.client.post("/api/tasks", json={"title": "x" * 60_000}, headers=given)
+            assert refused.status_code == (400 if "Basic x" in given.values() else 401)
+            assert refused.headers["Vary"] == "Authorization"
+            assert nginx.client.get("/api/tasks?limit=1", headers=valid).status_code == 200
 
 
 def test_a_request_that_nginx_rejects_gets_a_problem(nginx: Service) -> None:

@@ -15,8 +15,8 @@ def init_app(app: Flask, origins: Sequence[str]) -> None:
         resources="/api/*",
         origins=list(origins),
         methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
-        allow_headers=["Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
-        expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Request-ID"],
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
+        expose_headers=["ETag", "Link", "Location", "Retry-After", "WWW-Authenticate", "X-Request-ID"],
         always_send=False,  # send the headers only if the request has an Origin, and name only this origin
         max_age=600,  # seconds for which a browser caches the response to a preflight request
     )

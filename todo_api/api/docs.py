@@ -28,7 +28,8 @@ _PAGE = """<!doctype html>
 </html>
 """
 _SCRIPT = """SwaggerUIBundle({
-  url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null, tryItOutEnabled: true
+  url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null, tryItOutEnabled: true,
+  persistAuthorization: false
 });
 """
 

@@ -70,6 +70,11 @@ _RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "integer"},
         "example": problems.RETRY_AFTER,
     },
+    "WWW-Authenticate": {
+        "description": "What the request needs (RFC 6750).",
+        "schema": {"type": "string"},
+        "example": problems.AuthenticationRequired.challenge,
+    },
     "X-Request-ID": {
         "description": "The id of the request. The log has it too.",
         "schema": {"type": "string"},
@@ -96,6 +101,14 @@ _VALIDATION_ERRORS = {
 }
 _MALFORMED = {INVALID_QUERY: "The query is not UTF-8", INVALID_BODY: "The body is incomplete"}
 _DETAILS = {404: "No such task", 412: str(problems.VersionMismatch('"1"').description)}
+_SCHEME = "bearerAuth"
+_TOKENS = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "JWT",
+    "description": "A token of the issuer that the service trusts. Its `sub` is the user who owns the tasks. A service "
+    "without an issuer has one user, and needs no token.",
+}
 
 
 class Api(flask_smorest.Api):
@@ -151,8 +164,12 @@ def response_headers(*names: str) -> dict[str, Any]:
     return {name: _RESPONSE_HEADERS[name] for name in (*names, "X-Request-ID")}
 
 
-def init_app(app: Flask) -> Api:
-    """Add the document to the application, at /openapi.json."""
+def init_app(app: Flask, *, needs_token: bool) -> Api:
+    """Add the document to the application, at /openapi.json.
+
+    The same client can call a service with tokens and one without. So the document always describes them, and only
+    the requirement depends on ``needs_token``.
+    """
     app.config.update(
         API_TITLE="todo API",
         API_VERSION="1.0.0",
@@ -161,16 +178,20 @@ def init_app(app: Flask) -> Api:
         OPENAPI_JSON_PATH="openapi.json",
     )
     servers = [{"url": app.config["APPLICATION_ROOT"]}]
-    # No endpoint needs authentication yet.
-    spec = {"info": _INFO, "servers": servers, "security": [], "extra_plugins": [_Finish()]}
+    security: list[dict[str, list[str]]] = [{_SCHEME: []}] if needs_token else [{}, {_SCHEME: []}]
+    spec = {"info": _INFO, "servers": servers, "security": security, "extra_plugins": [_Finish()]}
     api = Api(app, spec_kwargs=spec)
+    api.spec.components.security_scheme(_SCHEME, _TOKENS)
     api.spec.components.schemas.pop("PaginationMetadata", None)  # flask-smorest always adds it
     same_etag = {**_RESPONSE_HEADERS["ETag"], "description": "The same as in the 200."}
     headers = response_headers("Link", "Cache-Control") | {"ETag": same_etag}
     not_modified = {"description": "The client has the current response already", "headers": headers}
     api.spec.components.response(_name(304), not_modified, lazy=True)
     for status, (kind, detail) in problems.KINDS.items():
-        api.spec.components.response(_name(status), _failure(status, {kind: (detail, [])}), lazy=True)
+        kinds: dict[str, tuple[str, list[dict[str, str]]]] = {kind: (detail, [])}
+        kinds |= {other: (detail, []) for other, (shared, detail) in problems.OTHER_KINDS.items() if shared == status}
+        kinds.pop(problems.VALIDATION_ERROR, None)  # INVALID_QUERY and INVALID_BODY have it
+        api.spec.components.response(_name(status), _failure(status, kinds), lazy=True)
     unsupported, _ = problems.KINDS[415]
     patch = _failure(415, {unsupported: (body.UNSUPPORTED_PATCH, [])})
     api.spec.components.response(UNSUPPORTED_PATCH, patch, lazy=True)
@@ -197,7 +218,11 @@ def _failure(status: int, kinds: dict[str, tuple[str, list[dict[str, str]]]]) ->
         kind: {"value": problems.problem(status, kind, _DETAILS.get(status, detail), instance, errors)}
         for kind, (detail, errors) in kinds.items()
     }
-    headers = {HTTPStatus.SERVICE_UNAVAILABLE: ["Retry-After"], HTTPStatus.PRECONDITION_FAILED: ["ETag"]}
+    headers = {
+        HTTPStatus.UNAUTHORIZED: ["WWW-Authenticate"],
+        HTTPStatus.PRECONDITION_FAILED: ["ETag"],
+        HTTPStatus.SERVICE_UNAVAILABLE: ["Retry-After"],
+    }
     return {
         "description": HTTPStatus(status).phrase,
         "headers": response_headers(*headers.get(HTTPStatus(status), [])),

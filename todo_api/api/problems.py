@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flask import Flask, Response, request
-from werkzeug.exceptions import BadRequest, HTTPException, PreconditionFailed, ServiceUnavailable
+from werkzeug.exceptions import BadRequest, HTTPException, PreconditionFailed, ServiceUnavailable, Unauthorized
 from werkzeug.http import HTTP_STATUS_CODES
 
 from todo_api.database import InvalidValueError, UnavailableError
@@ -16,6 +16,7 @@ MEDIA_TYPE = "application/problem+json"
 # HTTP status -> the type of the problem, and its detail unless the error has a more specific one
 KINDS: dict[int, tuple[str, str]] = {
     400: ("malformed_request", "The request is malformed"),
+    401: ("authentication_required", "The request needs a bearer token in its Authorization header"),
     403: ("cross_origin_refused", "The request comes from a page of an origin that CORS_ORIGINS does not list"),
     404: ("not_found", "There is nothing at this URL"),
     405: ("method_not_allowed", "This URL does not support the method; the Allow header lists the supported ones"),
@@ -31,7 +32,15 @@ KINDS: dict[int, tuple[str, str]] = {
     501: ("not_implemented", "The service does not support this Transfer-Encoding"),
     503: ("database_unavailable", "The database is not available now; retry later"),
 }
+# Types of problems that share their status with one of those above.
 VALIDATION_ERROR = "validation_error"
+INVALID_BEARER = "invalid_token"
+KEYS_UNAVAILABLE = "keys_unavailable"
+OTHER_KINDS: dict[str, tuple[int, str]] = {
+    VALIDATION_ERROR: (400, "A field or a query parameter is invalid"),
+    INVALID_BEARER: (401, "The token is not valid here, or not valid now"),
+    KEYS_UNAVAILABLE: (503, "The keys that verify tokens are not available now; retry later"),
+}
 
 RETRY_AFTER = 1  # seconds; a restart of PostgreSQL takes about that long
 
@@ -43,10 +52,39 @@ class MalformedRequest(BadRequest):
 class InvalidRequest(BadRequest):
     """The body or the query is invalid. ``errors`` lists each error with its pointer or parameter."""
 
+    kind = VALIDATION_ERROR
+
     def __init__(self, errors: list[dict[str, str]]) -> None:
         """Create the error. Its description joins the details of all ``errors``."""
         super().__init__("; ".join(dict.fromkeys(error["detail"] for error in errors)))
         self.errors = errors
+
+
+class AuthenticationRequired(Unauthorized):
+    """The request has no token."""
+
+    challenge = "Bearer"
+
+    def get_headers(self, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+        """Return the headers of the response, with the challenge (RFC 6750, section 3)."""
+        return [*super().get_headers(*args, **kwargs), ("WWW-Authenticate", self.challenge)]
+
+
+class InvalidToken(AuthenticationRequired):
+    """The token of the request is invalid. The response is always the same: it does not tell what was wrong."""
+
+    kind = INVALID_BEARER
+    challenge = f'Bearer error="{INVALID_BEARER}", error_description="{OTHER_KINDS[INVALID_BEARER][1]}"'
+
+
+class KeysUnavailable(ServiceUnavailable):
+    """There are no keys now that could verify the token of the request."""
+
+    kind = KEYS_UNAVAILABLE
+
+    def __init__(self) -> None:
+        """Create the error."""
+        super().__init__(retry_after=RETRY_AFTER)
 
 
 class VersionMismatch(PreconditionFailed):
@@ -75,9 +113,9 @@ def problem_response(error: HTTPException) -> Response:
     """Return the response for an HTTP error: a problem, with the headers of the error (Allow, ETag, Retry-After)."""
     status = error.code or 500
     kind, detail = kind_of(status)
-    errors: list[dict[str, str]] = []
-    if isinstance(error, InvalidRequest):
-        kind, errors = VALIDATION_ERROR, error.errors
+    if kind_of_error := getattr(error, "kind", ""):
+        kind, (_, detail) = kind_of_error, OTHER_KINDS[kind_of_error]
+    errors = error.errors if isinstance(error, InvalidRequest) else []
     if error.description != type(error).description:  # Werkzeug's own descriptions are attributes of the classes
         detail = error.description or detail
     instance = quote(request.root_path + request.path, safe="/:@!$&'()*+,;=~")

@@ -70,7 +70,7 @@ def _change(statement: str, task_id: int, **parameters: Any) -> Response:
 @blueprint.response(
     200, Task(many=True), example=[EXAMPLE], headers=response_headers("Link", "Cache-Control") | {"ETag": LIST_ETAG}
 )
-@documented(304, INVALID_QUERY, 413, 421, 500, 503, takes=["If-None-Match"])
+@documented(304, INVALID_QUERY, 401, 413, 421, 500, 503, takes=["If-None-Match"])
 def list_tasks(query: dict[str, Any]) -> Response:
     """List tasks.
 
@@ -97,7 +97,7 @@ def list_tasks(query: dict[str, Any]) -> Response:
 @blueprint.route("", methods=["POST"])
 @blueprint.arguments(NewTask(), example={"title": "Buy milk"})
 @blueprint.response(201, Task, example=EXAMPLE, headers=response_headers("Location", "ETag", "Cache-Control"))
-@documented(INVALID_BODY, 403, 413, 415, 421, 422, 500, 503, takes=["Idempotency-Key"])
+@documented(INVALID_BODY, 401, 403, 413, 415, 421, 422, 500, 503, takes=["Idempotency-Key"])
 def create_task(task: dict[str, Any]) -> Response:
     """Create a task.
 
@@ -121,7 +121,7 @@ def create_task(task: dict[str, Any]) -> Response:
 
 @blueprint.route("/<task_id:task_id>")
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
-@documented(304, 400, 404, 413, 421, 500, 503, takes=["If-None-Match"])
+@documented(304, 400, 401, 404, 413, 421, 500, 503, takes=["If-None-Match"])
 def get_task(task_id: int) -> Response:
     """Get a task.
 
@@ -135,7 +135,7 @@ def get_task(task_id: int) -> Response:
 @blueprint.arguments(TaskChanges(), example={"completed": True})
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
 @documented(
-    *(INVALID_BODY, 403, 404, 412, 413, UNSUPPORTED_PATCH, 421, 500, 503),
+    *(INVALID_BODY, 401, 403, 404, 412, 413, UNSUPPORTED_PATCH, 421, 500, 503),
     takes=["If-Match"],
     requestBody={"content": {MERGE_PATCH: {"schema": TaskChanges, "example": {"description": None}}}},
 )
@@ -150,7 +150,7 @@ def update_task(changes: dict[str, Any], task_id: int) -> Response:
 
 @blueprint.route("/<task_id:task_id>", methods=["DELETE"])
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
-@documented(400, 403, 404, 412, 413, 421, 500, 503, takes=["If-Match"])
+@documented(400, 401, 403, 404, 412, 413, 421, 500, 503, takes=["If-Match"])
 def delete_task(task_id: int) -> Response:
     """Delete a task.
 
@@ -161,7 +161,7 @@ def delete_task(task_id: int) -> Response:
 
 @blueprint.route("/<task_id:task_id>/toggle", methods=["POST"])
 @blueprint.response(200, Task, example=EXAMPLE, headers=response_headers("ETag", "Cache-Control"))
-@documented(400, 403, 404, 412, 413, 421, 500, 503, takes=["If-Match"])
+@documented(400, 401, 403, 404, 412, 413, 421, 500, 503, takes=["If-Match"])
 def toggle_task(task_id: int) -> Response:
     """Toggle a task.
 

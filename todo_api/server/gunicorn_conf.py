@@ -13,7 +13,7 @@ from typing import Any
 
 from gunicorn import systemd
 
-from todo_api import database, logs, startup
+from todo_api import database, logs, startup, tokens
 from todo_api.config import NUMBERS, ROOT, is_loopback  # gunicorn would take the name "config" for its setting
 from todo_api.server import gunicorn_check
 
@@ -166,7 +166,8 @@ def on_reload(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Connect to the database before the first request, because after a reload requests arrive at once."""
+    """Fetch the keys of tokens and connect to the database. After a reload, the first requests arrive at once."""
+    tokens.start_fetching()
     database.fill_pools(worker.cfg.threads)
 
 
