@@ -127,6 +127,18 @@ def test_process_1_of_a_container_stops_the_server_before_it_ends(
         assert not (data_dir / "postgres" / "postmaster.pid").exists()
 
 
+def test_process_1_of_a_container_can_be_stopped_during_its_imports(
+    open_folder: Path, data_dir: Path, start: Start
+) -> None:
+    slow = open_folder / "slow"  # a library on a slow disk
+    slow.mkdir()
+    (slow / "click.py").write_text(f"import time\nopen({str(slow / 'begun')!r}, 'x').close()\ntime.sleep(600)\n")
+    service = start(DATA_DIR=data_dir, PYTHONPATH=slow, prefix=container(open_folder / "tmp"))
+    wait_until((slow / "begun").exists)
+    assert stop(service) == 0
+    assert service.log() == ""
+
+
 @as_root
 def test_root_without_capabilities_waits_for_a_server_that_is_suspended_for_seconds(
     open_folder: Path, data_dir: Path, open_programs: Path, start: Start
