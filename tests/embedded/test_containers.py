@@ -193,6 +193,43 @@ def test_a_stop_that_may_not_signal_the_server_says_so(
     assert servers_in(open_folder) == []
 
 
+NO_ROOT = {
+    "no capabilities": (["setpriv", "--bounding-set=-all"], "add CHOWN, DAC_OVERRIDE, SETGID, SETUID, KILL"),
+    "no DAC_OVERRIDE": (["setpriv", "--bounding-set=-all,+chown,+setuid,+setgid,+kill"], "add DAC_OVERRIDE"),
+    "no SETUID": (["setpriv", "--bounding-set=-setuid"], "add SETUID"),
+    "no other user": (["unshare", "--user", "--map-root-user"], "there is no user"),
+}
+
+
+@as_root
+@pytest.mark.parametrize("name", NO_ROOT)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_root_that_cannot_run_a_process_as_another_user_is_told_what_to_do(
+    name: str, *, is_new: bool, open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    prefix, part = NO_ROOT[name]
+    data_dir = open_folder / "data"
+    if not is_new:
+        copy(stopped_data_dir, data_dir)
+    before = {path: path.lstat().st_ctime_ns for path in open_folder.rglob("*")}
+    service = start(DATA_DIR=data_dir, prefix=prefix)
+    assert service.process.wait(timeout=120) == 3
+    assert_failed_with_one_line(service, "PostgreSQL does not run as root", part, "--user", "DATABASE_URL")
+    assert {path: path.lstat().st_ctime_ns for path in open_folder.rglob("*")} == before
+
+
+@as_root
+def test_root_with_only_the_capabilities_that_the_message_names_serves_and_stops(
+    open_folder: Path, open_programs: Path, start: Start
+) -> None:
+    prefix = ["setpriv", "--bounding-set=-all,+chown,+dac_override,+setgid,+setuid,+kill"]
+    for _ in range(2):
+        service = start(DATA_DIR=open_folder / "data", POSTGRES_BIN=open_programs, prefix=prefix).wait()
+        assert has_task(service, create_task(service))
+        assert service.stop() == 0
+        assert servers_in(open_folder) == []
+
+
 @as_root
 @pytest.mark.parametrize("closed", ["the folder", "the programs"])
 def test_a_folder_that_the_server_cannot_enter_is_named(
