@@ -96,6 +96,25 @@ def test_a_stop_does_not_wait_forever_for_another_process(open_folder: Path, sta
 
 
 @as_root
+def test_a_user_can_start_a_service_that_root_has_started(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = copy(stopped_data_dir, open_folder / "data")
+    subprocess.run(["chown", "-R", f"{UNKNOWN}:{UNKNOWN}", data_dir], check=True)
+    (data_dir / "start.lock").unlink()
+    for prefix in ([], as_user(UNKNOWN)):
+        service = start(DATA_DIR=data_dir, prefix=prefix).wait()
+        create_task(service)
+        assert service.stop() == 0
+        assert {path for path in data_dir.iterdir() if owner(path) != UNKNOWN} == set()
+    # An earlier version gave the log to root.
+    os.chown(data_dir / "postgres.log", 0, 0)
+    service = start(DATA_DIR=data_dir, prefix=as_user(UNKNOWN)).wait()
+    assert has_task(service, create_task(service))
+    assert service.stop() == 0
+
+
+@as_root
 def test_processes_of_nobody_cannot_use_the_server_of_root(open_folder: Path, start: Start) -> None:
     service = start(DATA_DIR=open_folder / "data").wait()
     psql: list[str | Path] = [BIN / "psql", "-h", open_folder / "data" / "postgres", "-U", "postgres", "-c", "SELECT 1"]

@@ -382,9 +382,14 @@ def _restrict(cluster: Path) -> None:
 def _new_log(cluster: Path) -> BinaryIO:
     log_file = log_of(cluster)
     if log_file.exists():
-        log_file.chmod(0o600)  # an earlier version made it readable for all, and it can contain users' data
+        # An earlier version made it readable for all, and it can contain users' data. If root has started the service
+        # in a user's folder, it may belong to root.
+        with suppress(PermissionError):
+            log_file.chmod(0o600)
         log_file.replace(log_file.with_suffix(".log.1"))
-    return os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    locks.give_to_owner_of_folder(descriptor, log_file)
+    return os.fdopen(descriptor, "wb")
 
 
 def _name(user: int) -> str:
