@@ -73,6 +73,22 @@ def test_a_start_waits_for_a_suspended_server_in_another_container(
     assert "database system is shut down" in log_of_server(data_dir)
 
 
+@pytest.mark.long
+def test_a_start_does_not_wait_forever_for_a_shutdown_in_another_container(
+    open_folder: Path, data_dir: Path, start: Start
+) -> None:
+    first = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
+    task_id = create_task(first)
+    postmaster = postmaster_in(open_folder)
+    send(signal.SIGTERM, postmaster)  # PostgreSQL's smart shutdown waits for the connections of the service
+    second = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp"))
+    assert second.process.wait(timeout=180) == 3
+    assert_failed_with_one_line(second, f"runs in {data_dir}/postgres but shuts down and waits for its clients")
+    assert postmaster_in(open_folder) == postmaster
+    assert has_task(first, task_id)
+    assert stop(first) == 0
+
+
 def suspended(data_dir: Path) -> "Suspended":
     """Suspend the processes of the server during a block, as "docker pause" does."""
     return Suspended(data_dir)

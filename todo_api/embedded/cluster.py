@@ -89,6 +89,22 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
     fresh.rename(cluster)
 
 
+def check_version(cluster: Path, programs: Programs) -> None:
+    """Check that the programs have the version of the cluster.
+
+    Raises:
+        StartError: they have another version.
+
+    """
+    with suppress(OSError):  # the server itself says what is missing
+        version = (cluster / "PG_VERSION").read_text(encoding="utf-8", errors="replace").strip()
+        if version.isdecimal() and version != str(programs.major):
+            raise StartError(
+                f"PostgreSQL {version} created {cluster}, and {programs.folder} has PostgreSQL {programs.major}: set "
+                f"POSTGRES_BIN to the folder of the programs of PostgreSQL {version}"
+            )
+
+
 def take_from_nobody(cluster: Path) -> None:
     """Give root's cluster, whose server does not run, to a user id that no other process runs as.
 
@@ -164,6 +180,25 @@ def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 1
     return server
 
 
+def is_stopping(cluster: Path) -> bool:
+    """Return whether the server shuts down, as postmaster.pid says."""
+    try:
+        lines = (cluster / "postmaster.pid").read_bytes().split(b"\n")
+    except OSError:
+        return False
+    return lines[7:8] == [b"stopping"]
+
+
+def interrupt(found: list[psutil.Process]) -> bool:
+    """Let a server shut down without waiting for its clients, and return whether this process was able to do that."""
+    is_done = False
+    for postmaster in found:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+            is_done = True
+    return is_done
+
+
 def log_of(cluster: Path) -> Path:
     """Return the path of the server's log file."""
     return cluster.with_name("postgres.log")
@@ -226,7 +261,7 @@ def last_error(cluster: Path) -> str:
     """Return the last error in the server's log, with its details, or else the last line; and the path of the log."""
     log_file = log_of(cluster)
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    fatal = [number for number, line in enumerate(lines) if "FATAL" in line or "PANIC" in line]
+    fatal = [number for number, line in enumerate(lines) if _ERROR.search(line)]
     if not fatal:
         return f"{(lines or ['it left no message'])[-1]} ({log_file})"
     message = [lines[fatal[-1]]]

@@ -68,11 +68,13 @@ class ServerLock:
         os.close(self.descriptor)
 
     def is_of(self, data_dir: Path) -> bool:
-        """Return whether the folder still is the one in which this file was opened."""
+        """Return whether the folder still is the one in which this file was opened, or cannot be entered."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), (data_dir / _SERVER).stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True
 
     def is_held(self) -> bool:
         """Return whether a process of the server is alive."""
