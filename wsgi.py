@@ -1,5 +1,13 @@
 """The WSGI application. As a program, this file becomes gunicorn with the settings of server/gunicorn_conf.py."""
 
+import signal
+import sys
+
+if __name__ == "__main__":
+    # The imports below take a second. Process 1 of a container ignores signals that have no handler.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+
 import click
 
 from todo_api import create_app, logs, startup

@@ -73,6 +73,22 @@ def test_a_start_waits_for_a_suspended_server_in_another_container(
     assert "database system is shut down" in log_of_server(data_dir)
 
 
+@pytest.mark.long
+def test_a_start_does_not_wait_forever_for_a_shutdown_in_another_container(
+    open_folder: Path, data_dir: Path, start: Start
+) -> None:
+    first = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp")).wait()
+    task_id = create_task(first)
+    postmaster = postmaster_in(open_folder)
+    send(signal.SIGTERM, postmaster)  # PostgreSQL's smart shutdown waits for the connections of the service
+    second = start(DATA_DIR=data_dir, prefix=container(open_folder / "tmp"))
+    assert second.process.wait(timeout=180) == 3
+    assert_failed_with_one_line(second, f"runs in {data_dir}/postgres but shuts down and waits for its clients")
+    assert postmaster_in(open_folder) == postmaster
+    assert has_task(first, task_id)
+    assert stop(first) == 0
+
+
 def suspended(data_dir: Path) -> "Suspended":
     """Suspend the processes of the server during a block, as "docker pause" does."""
     return Suspended(data_dir)
@@ -127,6 +143,18 @@ def test_process_1_of_a_container_stops_the_server_before_it_ends(
         assert not (data_dir / "postgres" / "postmaster.pid").exists()
 
 
+def test_process_1_of_a_container_can_be_stopped_during_its_imports(
+    open_folder: Path, data_dir: Path, start: Start
+) -> None:
+    slow = open_folder / "slow"  # a library on a slow disk
+    slow.mkdir()
+    (slow / "click.py").write_text(f"import time\nopen({str(slow / 'begun')!r}, 'x').close()\ntime.sleep(600)\n")
+    service = start(DATA_DIR=data_dir, PYTHONPATH=slow, prefix=container(open_folder / "tmp"))
+    wait_until((slow / "begun").exists)
+    assert stop(service) == 0
+    assert service.log() == ""
+
+
 @as_root
 def test_root_without_capabilities_waits_for_a_server_that_is_suspended_for_seconds(
     open_folder: Path, data_dir: Path, open_programs: Path, start: Start
@@ -179,6 +207,43 @@ def test_a_stop_that_may_not_signal_the_server_says_so(
     assert postmaster_in(open_folder) == postmaster
     assert service.stop() == 0
     assert servers_in(open_folder) == []
+
+
+NO_ROOT = {
+    "no capabilities": (["setpriv", "--bounding-set=-all"], "add CHOWN, DAC_OVERRIDE, SETGID, SETUID, KILL"),
+    "no DAC_OVERRIDE": (["setpriv", "--bounding-set=-all,+chown,+setuid,+setgid,+kill"], "add DAC_OVERRIDE"),
+    "no SETUID": (["setpriv", "--bounding-set=-setuid"], "add SETUID"),
+    "no other user": (["unshare", "--user", "--map-root-user"], "there is no user"),
+}
+
+
+@as_root
+@pytest.mark.parametrize("name", NO_ROOT)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_root_that_cannot_run_a_process_as_another_user_is_told_what_to_do(
+    name: str, *, is_new: bool, open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    prefix, part = NO_ROOT[name]
+    data_dir = open_folder / "data"
+    if not is_new:
+        copy(stopped_data_dir, data_dir)
+    before = {path: path.lstat().st_ctime_ns for path in open_folder.rglob("*")}
+    service = start(DATA_DIR=data_dir, prefix=prefix)
+    assert service.process.wait(timeout=120) == 3
+    assert_failed_with_one_line(service, "PostgreSQL does not run as root", part, "--user", "DATABASE_URL")
+    assert {path: path.lstat().st_ctime_ns for path in open_folder.rglob("*")} == before
+
+
+@as_root
+def test_root_with_only_the_capabilities_that_the_message_names_serves_and_stops(
+    open_folder: Path, open_programs: Path, start: Start
+) -> None:
+    prefix = ["setpriv", "--bounding-set=-all,+chown,+dac_override,+setgid,+setuid,+kill"]
+    for _ in range(2):
+        service = start(DATA_DIR=open_folder / "data", POSTGRES_BIN=open_programs, prefix=prefix).wait()
+        assert has_task(service, create_task(service))
+        assert service.stop() == 0
+        assert servers_in(open_folder) == []
 
 
 @as_root

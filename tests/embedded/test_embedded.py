@@ -398,6 +398,7 @@ def test_the_service_works_for_a_user_other_than_root(tmp_path: Path, start: Sta
     [
         (["LOG: starting", "FATAL: first", "FATAL: second", "LOG: shut down"], "FATAL: second"),
         (["FATAL:  a", "x DETAIL:  b", "\tc", "x HINT:  d", "LOG:  e"], "FATAL:  a DETAIL:  b \tc HINT:  d"),
+        (["FATAL:  cause", "x FATAL:  the database system is in recovery mode"], "FATAL:  cause"),
         (["LOG: starting", "postgres: unknown option"], "postgres: unknown option"),
         ([], "it left no message"),
     ],

@@ -54,7 +54,7 @@ def test_the_programs_of_a_distribution_are_used(folder: Path | None, tmp_path: 
     service = start(DATA_DIR=tmp_path / "data")
     if folder.parent.name != "18":
         assert service.process.wait(timeout=120) == 3
-        assert_failed_with_one_line(service, "incompatible", "DETAIL: ", f"PostgreSQL version {folder.parent.name}")
+        assert_failed_with_one_line(service, f"PostgreSQL {folder.parent.name} created", "has PostgreSQL 18")
 
 
 def test_a_wrong_folder_fails_with_one_line_and_changes_nothing(tmp_path: Path, start: Start) -> None:

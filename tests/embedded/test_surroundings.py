@@ -3,9 +3,11 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +34,9 @@ from tests.support.fixtures import Start
 from tests.support.optional_tools import missing, program
 from tests.support.postgres import admit_all_roles
 from tests.support.problems import assert_problem
-from tests.support.processes import postmaster_in, servers_in, wait_until
+from tests.support.processes import postmaster_in, send, servers_in, wait_until
 from tests.support.service import Service
+from todo_api.embedded import programs
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change owners and mount file systems")
 
@@ -94,6 +97,76 @@ def test_a_stop_does_not_wait_forever_for_another_process(open_folder: Path, sta
     assert has_task(service, task_id)
     assert service.stop() == 0
     assert servers_in(open_folder) == []
+
+
+def test_a_start_ends_a_shutdown_that_waits_for_another_service(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = copy(stopped_data_dir, open_folder / "data")
+    first = start(DATA_DIR=data_dir).wait()
+    task_id = create_task(first)
+    postmaster = postmaster_in(open_folder)
+    send(signal.SIGTERM, postmaster)  # PostgreSQL's smart shutdown waits for the connections of the service
+    second = start(DATA_DIR=data_dir).wait()
+    assert "which starts up, shuts down or does not respond" in second.log()
+    assert postmaster_in(open_folder) != postmaster
+    assert has_task(second, task_id)
+    assert has_task(first.wait(), task_id)
+    assert stop_all([first, second]) == [0, 0]
+    assert servers_in(open_folder) == []
+
+
+def test_a_start_waits_for_a_server_that_recovers_for_long(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = copy(stopped_data_dir, open_folder / "data")
+    (data_dir / "postgres" / "standby.signal").touch()  # it recovers forever
+    with (data_dir / "postgres" / "postgresql.conf").open("a") as settings:
+        settings.write("hot_standby = off\n")
+    first = start(DATA_DIR=data_dir)
+    wait_until(lambda: "which starts up" in first.log())
+    first.kill()
+    postmaster = postmaster_in(open_folder)
+    second = start(DATA_DIR=data_dir)
+    wait_until(lambda: "which starts up, shuts down or does not respond" in second.log())
+    time.sleep(5)  # a shutdown would be ended by now
+    assert postmaster_in(open_folder) == postmaster
+    assert second.stop() == 0
+    assert servers_in(open_folder) == []
+
+
+def test_a_stop_that_cannot_open_its_lock_stops_the_server(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = copy(stopped_data_dir, open_folder / "data")
+    if os.geteuid() == 0:
+        subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", data_dir], check=True)
+    service = start(DATA_DIR=data_dir, prefix=AS_USER).wait()
+    create_task(service)
+    (data_dir / "start.lock").chmod(0)
+    assert service.stop() == 0
+    assert servers_in(open_folder) == []
+    assert "Traceback" not in service.log()
+    assert "database system is shut down" in (data_dir / "postgres.log").read_text()
+
+
+@as_root
+def test_a_user_can_start_a_service_that_root_has_started(
+    open_folder: Path, stopped_data_dir: Path, start: Start
+) -> None:
+    data_dir = copy(stopped_data_dir, open_folder / "data")
+    subprocess.run(["chown", "-R", f"{UNKNOWN}:{UNKNOWN}", data_dir], check=True)
+    (data_dir / "start.lock").unlink()
+    for prefix in ([], as_user(UNKNOWN)):
+        service = start(DATA_DIR=data_dir, prefix=prefix).wait()
+        create_task(service)
+        assert service.stop() == 0
+        assert {path for path in data_dir.iterdir() if owner(path) != UNKNOWN} == set()
+    # An earlier version gave the log to root.
+    os.chown(data_dir / "postgres.log", 0, 0)
+    service = start(DATA_DIR=data_dir, prefix=as_user(UNKNOWN)).wait()
+    assert has_task(service, create_task(service))
+    assert service.stop() == 0
 
 
 @as_root
@@ -174,14 +247,42 @@ def test_the_error_for_a_cluster_of_another_user_names_both_users(
     assert_failed_with_one_line(by_nobody, users, "chown -R")
 
 
-@as_root
-def test_the_error_has_the_details_of_postgresql(data_dir: Path, start: Start) -> None:
+def test_the_error_has_the_hint_of_postgresql(data_dir: Path, start: Start) -> None:
+    label = "START WAL LOCATION: 0/2000028 (file 000000010000000000000002)\nCHECKPOINT LOCATION: 0/FF000060\n"
+    (data_dir / "postgres" / "backup_label").write_text(label)
+    service = start(DATA_DIR=data_dir)
+    assert service.process.wait(timeout=120) == 3
+    assert_failed_with_one_line(service, "FATAL: ", "required checkpoint record", "HINT: If you are restoring")
+
+
+def test_a_missing_part_of_the_cluster_is_named(data_dir: Path, start: Start) -> None:
+    shutil.rmtree(data_dir / "postgres" / "pg_wal")
+    service = start(DATA_DIR=data_dir)
+    assert service.process.wait(timeout=120) == 3
+    assert_failed_with_one_line(service, 'required WAL directory "pg_wal" does not exist')
+
+
+def test_a_cluster_of_another_version_is_named_with_both_versions(data_dir: Path, start: Start) -> None:
     (data_dir / "postgres" / "PG_VERSION").write_text("12\n")
     service = start(DATA_DIR=data_dir)
     assert service.process.wait(timeout=120) == 3
     assert_failed_with_one_line(
-        service, "FATAL: ", "DETAIL: The data directory was initialized by PostgreSQL version 12"
+        service, f"PostgreSQL 12 created {data_dir}/postgres", f"has PostgreSQL {programs.find(None).major}"
     )
+    assert not (data_dir / "postgres.log.1").exists()
+
+
+@pytest.mark.parametrize("link", ["data", "data/postgres"])
+def test_a_link_to_a_folder_that_is_not_mounted_is_named(link: str, tmp_path: Path, start: Start) -> None:
+    path = tmp_path / link
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(tmp_path / "volume")
+    before = {file: file.lstat().st_ctime_ns for file in tmp_path.iterdir()}
+    service = start(DATA_DIR=tmp_path / "data")
+    assert service.process.wait(timeout=120) == 3
+    assert_failed_with_one_line(service, f"{path} is a link to {tmp_path}/volume, which does not exist")
+    assert {file: file.lstat().st_ctime_ns for file in before} == before
+    assert not (tmp_path / "volume").exists()
 
 
 # ---- disks and file systems

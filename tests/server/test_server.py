@@ -130,6 +130,15 @@ def test_systemd_can_activate_the_socket(is_port_set: bool, data_dir: Path, star
     assert service.stop() == 0
 
 
+@pytest.mark.parametrize("name", ["LISTEN_FDS", "LISTEN_PID"])
+def test_a_wrong_number_of_sockets_stops_the_start_with_one_line(name: str, tmp_path: Path, start: Start) -> None:
+    service = start(DATA_DIR=tmp_path / "data", **{name: "many"})
+    assert service.process.wait(timeout=120) == 3
+    assert service.log().count("\n") == 1, service.log()
+    assert "LISTEN_FDS and LISTEN_PID, which systemd sets, must be numbers" in service.log()
+    assert not (tmp_path / "data").exists()
+
+
 def test_sigusr2_replaces_the_service_without_a_refused_request(tmp_path: Path, start: Start) -> None:
     command = [sys.executable, f"{ROOT.name}/wsgi.py"]
     service = start(DATA_DIR=tmp_path / "data", cwd=ROOT.parent, command=command).wait()

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -41,6 +41,8 @@ _MISSING_GRANTS = (config.ROOT / "sql" / "database/missing_grants").with_suffix(
 _RELOAD_TIMEOUT = 10  # seconds
 _RESPONSE_TIMEOUT = 60  # seconds without a response; a server that recovers from a crash responds, and may take longer
 _HIDDEN_TIMEOUT = 5  # seconds; a server that runs in another container may have no socket that can be seen from here
+_LEAVE_TIMEOUT = 5  # seconds; after SIGTERM, a server waits until its clients leave, and a service's never do
+_SHORT_WAIT = 2  # seconds; a longer wait is logged
 
 
 # The keys are the values of DATA_DIR, not resolved:
@@ -78,6 +80,7 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int, role: str
             _abandon(setting)
             raise StartError(f"DATA_DIR {data_dir}: the cluster is gone; the service continues when it is back")
     else:
+        _check_links(setting, cluster)
         clusters.as_owner(cluster, found)  # before anything is created
         _create_folder(data_dir)
     with _start_lock(data_dir) as lock:
@@ -104,23 +107,48 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int, role: str
     return conninfo
 
 
+def _check_links(*paths: Path) -> None:
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise StartError(
+                f"{path} is a link to {path.readlink()}, which does not exist: mount or create that folder"
+            )
+
+
 @contextmanager
 def _start_lock(data_dir: Path) -> Iterator[int]:
     """Hold the lock with which one process at a time starts or stops the server, and yield its file descriptor."""
-    began = time.monotonic()
-    is_logged = False
+    wait = _Wait(f"another process that starts or stops the PostgreSQL in {data_dir}")
     while (lock := _take_at_once(data_dir / "start.lock")) is None:
-        waited = time.monotonic() - began
-        if waited > _RESPONSE_TIMEOUT:
+        if wait.seconds > _RESPONSE_TIMEOUT:
             raise StartError(f"another process has held {data_dir / 'start.lock'} for {_RESPONSE_TIMEOUT} s: stop it")
-        if waited > 1 and not is_logged:
-            log.warning("waiting for another process that starts or stops the PostgreSQL in %s", data_dir)
-            is_logged = True
-        time.sleep(0.02)
+        wait.go_on()
     try:
         yield lock
     finally:
         os.close(lock)
+
+
+class _Wait:
+    """A wait, which is logged once if it is not short."""
+
+    def __init__(self, subject: str) -> None:
+        """Begin to wait. The log names the subject."""
+        self._began = time.monotonic()
+        self._subject = subject
+        self._is_logged = False
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the wait has lasted."""
+        return time.monotonic() - self._began
+
+    def go_on(self) -> None:
+        """Wait for a moment."""
+        if self.seconds > _SHORT_WAIT and not self._is_logged:
+            log.warning("waiting for %s", self._subject)
+            self._is_logged = True
+        time.sleep(0.02)
 
 
 def _take_at_once(path: Path) -> int | None:
@@ -205,10 +233,15 @@ def _leave(setting: Path) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
     data_dir = setting.resolve()
     try:
-        # If the folder was deleted, there is no lock to take: no other process can start a server in it.
-        with _start_lock(data_dir) if (data_dir / "postgres").exists() else nullcontext():
+        with ExitStack() as locked:
+            # If the folder was deleted, there is no lock to take: no other process can start a server in it. If the
+            # folder cannot be entered, or the lock cannot be opened, the lock on users.lock is enough: a start waits
+            # for it too.
+            with suppress(OSError):
+                if (data_dir / "postgres").exists():
+                    locked.enter_context(_start_lock(data_dir))
             _stop_if_last(setting, data_dir / "postgres")
-    except StartError as error:
+    except (OSError, StartError) as error:
         log.warning("the PostgreSQL in %s is not stopped: %s", data_dir, error)
 
 
@@ -251,7 +284,8 @@ def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | No
         StartError: a server is running but does not respond.
 
     """
-    began = time.monotonic()
+    wait = _Wait(f"the PostgreSQL in {cluster}, which starts up, shuts down or does not respond")
+    responded = 0.0  # the seconds of the wait after which the server has responded
     while True:
         held = lock.is_held()
         postmasters = clusters.postmasters(cluster, lock)
@@ -265,18 +299,22 @@ def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | No
             case Ping.OK:
                 return _conninfo(folder)
             case Ping.REJECT:
-                began = time.monotonic()  # the server recovers from a crash or shuts down
+                if not clusters.is_stopping(cluster):
+                    responded = wait.seconds  # it recovers from a crash
+                elif wait.seconds > _LEAVE_TIMEOUT and clusters.interrupt(postmasters):
+                    responded = wait.seconds  # it writes its last checkpoint
             case _ if not held and not postmasters:
                 return None
-        waited = time.monotonic() - began
+        waited = wait.seconds - responded
         if not postmasters and not (folder / socket_folder.SOCKET).exists() and waited > _HIDDEN_TIMEOUT:
             raise StartError(
                 f"a PostgreSQL runs in {cluster} but cannot be reached from here, perhaps because it runs in another "
                 "container: stop it there first, or set DATA_DIR to another folder"
             )
         if waited > _RESPONSE_TIMEOUT:
-            raise StartError(f"a PostgreSQL runs in {cluster} but does not respond")
-        time.sleep(0.02)
+            reason = "shuts down and waits for its clients" if clusters.is_stopping(cluster) else "does not respond"
+            raise StartError(f"a PostgreSQL runs in {cluster} but {reason}")
+        wait.go_on()
 
 
 def _launch(cluster: Path, found: Programs, connections: int) -> str:
@@ -286,6 +324,7 @@ def _launch(cluster: Path, found: Programs, connections: int) -> str:
         StartError: the server ended, or did not respond for 60 s; the message has the last error in its log.
 
     """
+    clusters.check_version(cluster, found)
     clusters.take_from_nobody(cluster)
     if not access.is_allowed_only(cluster, _NAME):  # it is new, or an earlier version has set it up
         access.allow(cluster, _NAME, _SUPERUSER)
@@ -305,12 +344,13 @@ def _launch(cluster: Path, found: Programs, connections: int) -> str:
 
 
 def _wait_for_response(server: subprocess.Popen[bytes], conninfo: str, cluster: Path, found: Programs) -> None:
-    deadline = time.monotonic() + _RESPONSE_TIMEOUT
+    wait = _Wait(f"the PostgreSQL in {cluster}, which starts up")
     while (state := _ping(conninfo, found)) != Ping.OK:
-        if server.poll() is not None or (state != Ping.REJECT and time.monotonic() > deadline):
+        is_over = server.poll() is not None or clusters.is_stopping(cluster)
+        if is_over or (state != Ping.REJECT and wait.seconds > _RESPONSE_TIMEOUT):
             clusters.check_disk(cluster.parent)
             raise StartError(f"PostgreSQL did not start: {clusters.last_error(cluster)}")
-        time.sleep(0.02)
+        wait.go_on()
 
 
 def _conninfo(folder: Path) -> str:

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import pwd
+import re
 import shutil
 import signal
 import stat
@@ -33,7 +34,13 @@ _STOP_TIMEOUT = 60  # seconds
 _FIRST_WITH_BUILTIN_LOCALES = 17  # a major version of PostgreSQL
 _ORPHANS_TIMEOUT = 5  # seconds; the processes of a postmaster that was killed end by themselves
 _GROUP_OR_OTHERS = stat.S_IWGRP | stat.S_IRWXO  # PostgreSQL refuses a cluster with one of these permissions
-_MAY_SEARCH_ALL = 1 << 2  # CAP_DAC_READ_SEARCH in the masks of /proc/self/status
+# The bits of the capabilities in the masks of /proc/self/status. Root needs the first ones to create and start a
+# cluster of another user, KILL to stop it, and the last two if that user cannot enter a folder.
+_CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "SETGID": 6, "SETUID": 7}
+_STOP_CAPABILITIES = {"KILL": 5}
+_SEARCH_CAPABILITIES = {"DAC_READ_SEARCH": 2, "SETPCAP": 8}
+# An error of the server, and not its response to a client that it does not serve now, such as our own ping.
+_ERROR = re.compile("(?:FATAL|PANIC):(?!  the database system is )")
 _FEWEST_CONNECTIONS = 100  # PostgreSQL's default
 _MOST_CONNECTIONS = 5000  # the server allocates memory for each at its start
 
@@ -80,6 +87,22 @@ def create(cluster: Path, programs: Programs, lock: int) -> None:
     )
     take_from_nobody(fresh)
     fresh.rename(cluster)
+
+
+def check_version(cluster: Path, programs: Programs) -> None:
+    """Check that the programs have the version of the cluster.
+
+    Raises:
+        StartError: they have another version.
+
+    """
+    with suppress(OSError):  # the server itself says what is missing
+        version = (cluster / "PG_VERSION").read_text(encoding="utf-8", errors="replace").strip()
+        if version.isdecimal() and version != str(programs.major):
+            raise StartError(
+                f"PostgreSQL {version} created {cluster}, and {programs.folder} has PostgreSQL {programs.major}: set "
+                f"POSTGRES_BIN to the folder of the programs of PostgreSQL {version}"
+            )
 
 
 def take_from_nobody(cluster: Path) -> None:
@@ -157,6 +180,25 @@ def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 1
     return server
 
 
+def is_stopping(cluster: Path) -> bool:
+    """Return whether the server shuts down, as postmaster.pid says."""
+    try:
+        lines = (cluster / "postmaster.pid").read_bytes().split(b"\n")
+    except OSError:
+        return False
+    return lines[7:8] == [b"stopping"]
+
+
+def interrupt(found: list[psutil.Process]) -> bool:
+    """Let a server shut down without waiting for its clients, and return whether this process was able to do that."""
+    is_done = False
+    for postmaster in found:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            postmaster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+            is_done = True
+    return is_done
+
+
 def log_of(cluster: Path) -> Path:
     """Return the path of the server's log file."""
     return cluster.with_name("postgres.log")
@@ -219,7 +261,7 @@ def last_error(cluster: Path) -> str:
     """Return the last error in the server's log, with its details, or else the last line; and the path of the log."""
     log_file = log_of(cluster)
     lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    fatal = [number for number, line in enumerate(lines) if "FATAL" in line or "PANIC" in line]
+    fatal = [number for number, line in enumerate(lines) if _ERROR.search(line)]
     if not fatal:
         return f"{(lines or ['it left no message'])[-1]} ({log_file})"
     message = [lines[fatal[-1]]]
@@ -260,26 +302,27 @@ def as_owner(cluster: Path, programs: Programs) -> list[str]:
                 f"{_name(os.geteuid())}, who runs the service: chown -R {os.geteuid()} {data_dir}"
             )
         return []
+    setpriv = shutil.which("setpriv")
+    if not setpriv:
+        raise StartError("root needs the program setpriv (of util-linux) to start the embedded PostgreSQL")
+    user, group = (owner.st_uid, owner.st_gid) if owner and owner.st_uid else (_NOBODY, _NOBODY)
+    _check_root(user, group)
     if owner and not owner.st_uid:
         raise StartError(
             f"{cluster} belongs to root, and PostgreSQL does not run as root: chown -R {_NOBODY}:{_NOBODY} {cluster}"
         )
-    setpriv = shutil.which("setpriv")
-    if not setpriv:
-        raise StartError("root needs the program setpriv (of util-linux) to start the embedded PostgreSQL")
-    user, group = (owner.st_uid, owner.st_gid) if owner else (_NOBODY, _NOBODY)
     command = [setpriv, f"--reuid={user}", f"--regid={group}", "--clear-groups"]
     folders = [folder for path in (cluster, programs.folder) for folder in path.parents if folder.exists()]
     if closed := [folder for folder in folders if not _can_search(folder, user, group)]:
         # A parent folder, such as /root, is closed to other users. The process gets a capability to read files and
         # search folders, but not to write. The alternative would be to open the folder to all users.
-        if not _has_search_capability():
+        if lacking := _lacking(_SEARCH_CAPABILITIES):
             is_of_data = closed[-1] in cluster.parents
             move = "set DATA_DIR to another folder" if is_of_data else "install PostgreSQL elsewhere"
             raise StartError(
                 f"PostgreSQL runs as the user {_name(user)}, who cannot enter {closed[-1]}, and root lacks the "
-                f"capability DAC_READ_SEARCH, which would allow that: run chmod o+x {closed[-1]}, {move}, or add the "
-                "capability"
+                f"capabilities that would allow it ({', '.join(lacking)}): run chmod o+x {closed[-1]}, {move}, or add "
+                "them"
             )
         command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
         command += ["--securebits=+no_setuid_fixup"]  # makes access(2), which initdb calls, respect the capability
@@ -293,11 +336,40 @@ def _can_search(folder: Path, user: int, group: int) -> bool:
     return bool(found.st_mode & (stat.S_IXGRP if found.st_gid == group else stat.S_IXOTH))
 
 
-def _has_search_capability() -> bool:
-    """Return whether root may pass the capability DAC_READ_SEARCH on. Containers often take it away."""
+def _check_root(user: int, group: int) -> None:
+    """Check that root may run a server as another user.
+
+    Raises:
+        StartError: root lacks a capability, or the user does not exist in root's user namespace.
+
+    """
+    elsewhere = "run the service as another user (docker run --user), or set DATABASE_URL"
+    if _lacking(_CAPABILITIES):
+        needed = _CAPABILITIES | _STOP_CAPABILITIES
+        raise StartError(
+            "PostgreSQL does not run as root, and root lacks capabilities to run it as another user: add "
+            f"{', '.join(_lacking(needed))} (docker run --cap-add), {elsewhere}"
+        )
+    if not (_is_mapped("uid_map", user) and _is_mapped("gid_map", group)):
+        raise StartError(
+            f"PostgreSQL does not run as root, and in this user namespace there is no user {user} with the group "
+            f"{group} to run it as: map more user and group ids, {elsewhere}"
+        )
+
+
+def _lacking(capabilities: dict[str, int]) -> list[str]:
+    """Return those capabilities that root lacks or cannot pass on. Containers often take some away."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     masks = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Cap"))
-    return all(int(masks[name], 16) & _MAY_SEARCH_ALL for name in ("CapPrm", "CapBnd"))
+    owned = int(masks["CapPrm"], 16) & int(masks["CapBnd"], 16)
+    return [name for name, bit in capabilities.items() if not owned >> bit & 1]
+
+
+def _is_mapped(file: str, number: int) -> bool:
+    """Return whether a user or group id exists in the user namespace of this process."""
+    lines = Path("/proc/self", file).read_text(encoding="ascii").splitlines()
+    ranges = (map(int, line.split()) for line in lines)
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 def _as_known_user(before: list[str]) -> list[str]:
@@ -345,9 +417,14 @@ def _restrict(cluster: Path) -> None:
 def _new_log(cluster: Path) -> BinaryIO:
     log_file = log_of(cluster)
     if log_file.exists():
-        log_file.chmod(0o600)  # an earlier version made it readable for all, and it can contain users' data
+        # An earlier version made it readable for all, and it can contain users' data. If root has started the service
+        # in a user's folder, it may belong to root.
+        with suppress(PermissionError):
+            log_file.chmod(0o600)
         log_file.replace(log_file.with_suffix(".log.1"))
-    return os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    locks.give_to_owner_of_folder(descriptor, log_file)
+    return os.fdopen(descriptor, "wb")
 
 
 def _name(user: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from todo_api.config import StartError
+from todo_api.embedded import socket_folder
 
 _SERVER = "server.lock"
 
@@ -67,11 +68,13 @@ class ServerLock:
         os.close(self.descriptor)
 
     def is_of(self, data_dir: Path) -> bool:
-        """Return whether the folder still is the one in which this file was opened."""
+        """Return whether the folder still is the one in which this file was opened, or cannot be entered."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), (data_dir / _SERVER).stat())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True
 
     def is_held(self) -> bool:
         """Return whether a process of the server is alive."""
@@ -106,7 +109,17 @@ def server_lock(data_dir: Path) -> Iterator[ServerLock]:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    give_to_owner_of_folder(descriptor, path)
+    return descriptor
+
+
+def give_to_owner_of_folder(descriptor: int, path: Path) -> None:
+    """Give a file that root has created to the owner of its folder, who may run the service later."""
+    if socket_folder.is_root() and os.fstat(descriptor).st_uid == 0:
+        owner = path.parent.stat()
+        with suppress(OSError):  # some file systems have no owners
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def record(descriptor: int, pid: int) -> None:

@@ -84,7 +84,7 @@ def on_starting(server: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     # After SIGUSR2, and if systemd activates the socket, gunicorn inherits its sockets.
-    if not server.master_pid and not systemd.listen_fds(unset_environment=False):
+    if not server.master_pid and not _systemd_sockets():
         for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
             if isinstance(address, tuple):
                 _wait_for_port(*address)
@@ -93,6 +93,15 @@ def on_starting(server: Any) -> None:
     server.cfg.set("reload", False)
     _survive_failed_forks(server)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
+
+
+def _systemd_sockets() -> int:
+    """Return how many sockets systemd has opened for this process. If its variables are invalid, end the process."""
+    try:
+        count: int = systemd.listen_fds(unset_environment=False)
+    except ValueError as error:
+        startup.fail(f"LISTEN_FDS and LISTEN_PID, which systemd sets, must be numbers: {error}")
+    return count
 
 
 def _survive_failed_forks(server: Any) -> None:
