@@ -1,0 +1,1 @@
+"""Tokens and the key sets that verify them."""
