@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any, Self
 
 import psycopg
-from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
+from psycopg.pq import DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
 from psycopg.rows import TupleRow
 
@@ -256,7 +256,7 @@ class Connection(NetworkConnection):
         unsent = pgconn.flush()
         silent = 0  # intervals
         while True:
-            if unsent or pgconn.is_busy():
+            while unsent or pgconn.is_busy():
                 if (self._readable_or_writable if unsent else self._readable).poll(_INTERVAL):
                     silent = 0
                     pgconn.consume_input()
@@ -264,12 +264,13 @@ class Connection(NetworkConnection):
                 else:
                     silent += 1
                     on_silence(silent)
-            elif result := pgconn.get_result():  # None separates the results of two statements
-                results.append(result)
-                if result.status == _SYNC:
-                    return results
-            elif pgconn.status != ConnStatus.OK:
+            result = pgconn.get_result()
+            if not result:  # the connection broke
                 return results
+            results.append(result)
+            if result.status == _SYNC:
+                return results
+            pgconn.get_result()  # None: a statement has one result. is_busy() would release the interpreter lock
 
     def _handle_notice(self, notice: psycopg.errors.Diagnostic) -> None:
         # PostgreSQL reports this with a warning. The warning's text depends on the language, its source does not.
