@@ -179,6 +179,24 @@ def test_a_change_of_a_locked_task_gets_a_503_and_has_no_effect(service: Service
     assert service.client.post(f"/api/tasks/{task['id']}/toggle").status_code == httpx.codes.OK
 
 
+def test_a_locked_task_is_noticed_if_the_login_role_begins_as_another_role(postgres: Postgres, start: Start) -> None:
+    query(postgres, "CREATE ROLE shop_owner")
+    query(postgres, "CREATE ROLE rotated LOGIN IN ROLE shop_owner")
+    query(postgres, "ALTER ROLE rotated SET role = shop_owner")
+    query(postgres, "CREATE DATABASE rotating OWNER shop_owner")
+    direct = make_conninfo(postgres.conninfo, dbname="rotating")
+    with pgbouncer.running(make_conninfo(direct, user="rotated")) as bouncer:
+        settings = {"DATABASE_POOLER": True, "DATABASE_ROLE": "", "WEB_CONCURRENCY": 1}
+        service = start(DATABASE_URL=as_url(bouncer.in_front_of(direct)), **settings).wait()
+        task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+        with psycopg.connect(direct) as db:
+            db.execute("SELECT 1 FROM tasks FOR UPDATE")
+            response = service.client.post(f"/api/tasks/{task['id']}/toggle", timeout=30)  # a statement may take 60 s
+            assert_problem(response, 503, "database_unavailable")
+        assert_quick(service)
+        assert service.stop() == 0
+
+
 def test_a_long_statement_is_answered(service: Service, postgres: Postgres) -> None:
     task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
     query(postgres, SLOW)

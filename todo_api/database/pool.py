@@ -43,7 +43,10 @@ class Pool:
         self._size = size
         self._busy: set[Connection] = set()  # the connections on which a statement runs
         self._asking = threading.Lock()
-        self._question = statements.load()["database/waits"]
+        loaded = statements.load()
+        self._question = loaded["database/waits"]
+        # PostgreSQL shows the statements of a login role to that role. A session may begin with another role.
+        self._as_login_role = loaded["database/identify"].query(role="none", user_id="")
         self._pool = ConnectionPool(
             connection_class=connection_class,
             kwargs=connection_class.arguments | {"get_conninfo": get_conninfo, "outage": self.outage},
@@ -142,7 +145,7 @@ class Pool:
             raise UnavailableError("other threads are asking the server")
         try:
             connection = self._get_working(deadline)
-            return self._run(connection, question, on_silence=on_silence)
+            return self._run(connection, self._as_login_role, question, on_silence=on_silence)
         finally:
             self._asking.release()
 
