@@ -23,6 +23,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     app.extensions["database"] = Database(
         lambda: startup.prepare(settings),
         connections=settings.web_threads,
+        share=startup.connection_share(settings),
         pooler=settings.database_pooler,
         role=settings.database_role,
     )

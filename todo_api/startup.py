@@ -22,10 +22,10 @@ _MIGRATE_TIMEOUT = 30
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
 _migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
+_shares: dict[str, int] = {}  # by DATABASE_URL, if its server allows too few connections: a worker's share of them
 _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
-_checked: set[str] = (
-    set()
-)  # each AUTH_JWKS that was checked at the start: a file that is replaced later stops no worker
+# Each AUTH_JWKS that was checked at the start: a file that is replaced later stops no worker.
+_checked: set[str] = set()
 
 
 def fail(reason: object) -> NoReturn:
@@ -129,7 +129,7 @@ def _most_connections(settings: Settings) -> int:
 
 
 def _check_connection_limit(settings: Settings, conninfo: str) -> None:
-    """Log a warning if the service may need more connections than the server allows."""
+    """Log a warning if the service may need more connections than the server allows, and share them out."""
     needed = settings.web_concurrency * settings.web_threads
     if needed > (limit := database.connection_limit(conninfo)):
         log.warning(
@@ -137,6 +137,15 @@ def _check_connection_limit(settings: Settings, conninfo: str) -> None:
             "lower WEB_CONCURRENCY or WEB_THREADS, or raise the server's limit",
             *(settings.web_concurrency, settings.web_threads, needed, limit),
         )
+        _shares[settings.database_url] = max(limit // settings.web_concurrency, 1)
+
+
+def connection_share(settings: Settings) -> int | None:
+    """Return how many connections a worker may keep, or None if the server allows one for each thread.
+
+    Without this limit, some workers would keep all connections, and others would have none.
+    """
+    return _shares.get(settings.database_url)
 
 
 def prepare_patiently(settings: Settings) -> None:

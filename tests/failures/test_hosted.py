@@ -16,6 +16,7 @@ from psycopg.conninfo import make_conninfo
 from tests.support.databases import as_url
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
+from tests.support.load import at_once
 from tests.support.postgres import Postgres
 from tests.support.processes import wait_until
 from tests.support.relay import SlowRelay, StrictRelay, sockets_to
@@ -150,6 +151,20 @@ def test_a_server_out_of_connections_is_not_taken_for_a_pooler(postgres: Postgre
         wait_until(lambda: service.answers("/healthz"))
         assert "too many connections" in service.log()
     service.wait()
+    assert service.stop() == 0
+
+
+def test_two_workers_share_the_few_connections_that_the_server_allows(postgres: Postgres, start: Start) -> None:
+    with psycopg.connect(postgres.conninfo, autocommit=True) as db:
+        db.execute("CREATE ROLE four LOGIN CREATEROLE CONNECTION LIMIT 4")
+        db.execute("CREATE DATABASE four OWNER four")
+    url = as_url(make_conninfo(postgres.conninfo, user="four", dbname="four"))
+    settings = {"DATABASE_POOLER": False, "DATABASE_ROLE": "of_four", "WEB_CONCURRENCY": 2}
+    service = start(DATABASE_URL=url, **settings).wait()
+    wait_until(lambda: len(workers(service)) == 2)
+    at_once(service, 16, lambda client, _: client.get("/api/tasks"))
+    responses = [httpx.post(f"{service.url}/api/tasks", json={"title": "Buy milk"}) for _ in range(60)]
+    assert {response.status_code for response in responses} == {httpx.codes.CREATED}
     assert service.stop() == 0
 
 

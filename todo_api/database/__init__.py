@@ -44,10 +44,19 @@ _databases: "WeakSet[Database]" = WeakSet()
 class Database:
     """A pool of connections to one PostgreSQL, and the statements of sql/ to run on it."""
 
-    def __init__(self, get_conninfo: Callable[[], str], *, connections: int, pooler: bool, role: str) -> None:
+    def __init__(
+        self,
+        get_conninfo: Callable[[], str],
+        *,
+        connections: int,
+        pooler: bool,
+        role: str,
+        share: int | None = None,
+    ) -> None:
         """Load the statements, without connecting to the database.
 
         ``get_conninfo`` returns the connection string; it is called for each new connection, in a thread of the pool.
+        ``share`` is how many of them this process may keep, or None if the server allows all of them.
         ``pooler`` is true if the connection string leads to a pooler in transaction mode, such as PgBouncer.
         ``role`` is the role that statements run as, for which row-level security holds; '' for the login role.
 
@@ -58,7 +67,7 @@ class Database:
         self._statements = statements.load()
         self._role = role
         self._missing: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
-        self.pool = Pool(get_conninfo, connections, pooler=pooler)
+        self.pool = Pool(get_conninfo, connections, share, pooler=pooler)
         _databases.add(self)
 
     def fetch_json(self, name: str, **parameters: Any) -> bytes | None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 
 import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout, TooManyRequests
@@ -36,11 +37,12 @@ _ASK_TIMEOUT = 0.4  # seconds
 class Pool:
     """psycopg's pool with two changes: no statement waits during an outage, and none gets a dead connection."""
 
-    def __init__(self, get_conninfo: Callable[[], str], size: int, *, pooler: bool) -> None:
+    def __init__(self, get_conninfo: Callable[[], str], size: int, share: int | None, *, pooler: bool) -> None:
         """Create a closed pool. Its threads and connections would not survive a fork, so each worker opens its own."""
         connection_class = PoolerConnection if pooler else Connection
         self.outage = Outage()
-        self._size = size
+        self._share = share or inf  # the most connections, but for one to ask
+        self._size = size = int(min(size, self._share))
         self._busy: set[Connection] = set()  # the connections on which a statement runs
         self._asking = threading.Lock()
         loaded = statements.load()
@@ -62,7 +64,7 @@ class Pool:
     def fill(self, size: int) -> None:
         """Open this many connections, so that the first statements need not wait. Return early in an outage."""
         self._pool.open()
-        self._resize(size)
+        self._resize(int(min(size, self._share)))
         deadline = time.monotonic() + _FILL_TIMEOUT
         while self._pool.get_stats()["pool_available"] < self._size:
             if self.outage.active or time.monotonic() > deadline:
@@ -144,23 +146,23 @@ class Pool:
         if not self._asking.acquire(timeout=deadline - time.monotonic()):
             raise UnavailableError("other threads are asking the server")
         try:
-            connection = self._get_working(deadline)
+            connection = self._get_working(deadline, to_ask=True)
             return self._run(connection, self._as_login_role, question, on_silence=on_silence)
         finally:
             self._asking.release()
 
-    def _get_working(self, deadline: float) -> Connection:
+    def _get_working(self, deadline: float, *, to_ask: bool = False) -> Connection:
         if self._pool.closed:
             self._pool.open()
         while True:
-            connection = self._get(deadline)
+            connection = self._get(deadline, to_ask=to_ask)
             if not connection.has_ended():
                 self.outage.end()
                 return connection
             connection.close()
             self._pool.putconn(connection)  # the pool then opens a new one
 
-    def _get(self, deadline: float) -> Connection:
+    def _get(self, deadline: float, *, to_ask: bool) -> Connection:
         """Take a connection out of the pool.
 
         During an outage no statement waits, because later statements would queue behind the waiting ones. But the call
@@ -176,7 +178,8 @@ class Pool:
                     self._pool.check()  # makes the empty pool connect, which getconn() has not done
                     time.sleep(_POLL)
                 late = time.monotonic() > deadline
-                if len(self._busy) >= self._size:  # more threads than connections, or one is needed to ask
+                # There are more threads than connections, or one is needed to ask.
+                if len(self._busy) >= self._size and (to_ask or self._size < self._share):
                     self._resize(len(self._busy) + 1)
                 elif not self._busy and self._connecting_fails(began, late=late):
                     self.outage.begin()
