@@ -147,7 +147,7 @@ def _check_addresses(cfg: Any) -> None:
 
     A Unix socket is for users of this machine. After SIGUSR2, the sockets are those that the first start has checked.
     """
-    activated = systemd.listen_fds(unset_environment=False)  # they replace --bind
+    activated = _systemd_sockets()  # they replace --bind
     addresses = range(systemd.SD_LISTEN_FDS_START, systemd.SD_LISTEN_FDS_START + activated) or cfg.address
     for address in addresses:
         name = _name_of(address) if isinstance(address, int) else address
