@@ -22,8 +22,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     app.config["APPLICATION_ROOT"] = settings.url_prefix + settings.script_name or "/"
     app.extensions["database"] = Database(
         lambda: startup.prepare(settings),
-        connections=settings.web_threads,
-        share=startup.connection_share(settings),
+        get_share=lambda: startup.connection_share(settings),
         pooler=settings.database_pooler,
         role=settings.database_role,
     )

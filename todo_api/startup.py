@@ -106,8 +106,10 @@ def prepare(settings: Settings) -> str:
             if settings.database_url and not settings.database_pooler:
                 _check_session_settings(conninfo)
             owner = settings.migration_database_url or conninfo
+            role, pooler = settings.database_role, settings.database_pooler
+            database.make_role(conninfo, role, pooler=pooler, owner=owner)
             database.apply_migrations(owner)
-            database.ensure_role(conninfo, settings.database_role, pooler=settings.database_pooler, owner=owner)
+            database.ensure_role(conninfo, role, pooler=pooler, owner=owner)
             if not settings.database_pooler:
                 _check_connection_limit(settings, conninfo)
             _migrated.add(conninfo)

@@ -1,10 +1,13 @@
 -- Returns the commands that are still to be run so that the role of this session can work as another role, which owns
--- nothing and has only the rights that the statements in tasks/ need. Returns '' if there are none.
+-- nothing and has only the rights that the statements in tasks/ need. Returns '' if there are none, or if the other
+-- role is too powerful: a superuser, a role of PostgreSQL's own, or one for which row-level security does not hold.
 --
--- role  text  the other role; the service takes it from DATABASE_ROLE (default in psql: todo_app)
+-- role       text     the other role; the service takes it from DATABASE_ROLE (default in psql: todo_app)
+-- only_role  boolean  true for the commands that make the role, without those for the tables (default in psql: false)
 --
 -- psql -X -v ON_ERROR_STOP=1 -f sql/database/missing_grants.sql "$DATABASE_URL"
 \if :{?role} \else \set role todo_app \endif
+\if :{?only_role} \else \set only_role false \endif
 WITH
 role AS (
     SELECT
@@ -15,6 +18,15 @@ role AS (
         current_setting('server_version_num')::int >= 160000 AS has_set_option
     FROM (SELECT :'role'::text AS name) AS given
     LEFT JOIN pg_roles AS roles ON given.name = roles.rolname
+    LEFT JOIN pg_class AS owned ON owned.oid = to_regclass('tasks')
+    WHERE
+        roles.oid IS NULL
+        OR NOT (
+            roles.rolsuper
+            OR roles.rolbypassrls
+            OR starts_with(roles.rolname, 'pg_')
+            OR coalesce(roles.oid = owned.relowner, FALSE)
+        )
 ),
 
 -- No table exists before the first migration.
@@ -24,12 +36,18 @@ guarded AS (
         format('%s.%I', tables.relnamespace::regnamespace, tables.relname) AS name,
         tables.relnamespace::regnamespace AS schema
     FROM pg_class AS tables
-    WHERE tables.oid IN (to_regclass('tasks'), to_regclass('idempotency_keys'))
+    WHERE
+        NOT :'only_role'::boolean
+        AND tables.oid IN (to_regclass('tasks'), to_regclass('idempotency_keys'))
 ),
 
 -- create_once.sql takes its ids from the sequence itself.
 ids AS (
-    SELECT CASE WHEN to_regclass('tasks') IS NOT NULL THEN pg_get_serial_sequence('tasks', 'id') END AS sequence
+    SELECT
+        CASE
+            WHEN NOT :'only_role'::boolean AND to_regclass('tasks') IS NOT NULL
+                THEN pg_get_serial_sequence('tasks', 'id')
+        END AS sequence
 ),
 
 missing AS (

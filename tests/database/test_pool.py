@@ -14,11 +14,11 @@ from todo_api.database import Database, InvalidValueError, UnavailableError, app
 from todo_api.database.connection import Connection
 
 
-def database(conninfo: str, connections: int = 1) -> Database:
+def database(conninfo: str) -> Database:
     """Return a database with the project's tables."""
     apply_migrations(conninfo)
     ensure_role(conninfo, "todo_app", pooler=False, owner=conninfo)
-    return Database(lambda: conninfo, connections=connections, pooler=False, role="todo_app")
+    return Database(lambda: conninfo, pooler=False, role="todo_app")
 
 
 def test_an_idle_connection_that_cannot_be_checked_is_replaced(conninfo: str) -> None:
@@ -32,7 +32,7 @@ def test_an_idle_connection_that_cannot_be_checked_is_replaced(conninfo: str) ->
 
 def test_statements_that_fail_during_an_outage_are_forgotten_and_the_outage_still_ends(conninfo: str) -> None:
     conninfos = [f"host=127.0.0.1 port={free_port()}"]
-    ours = Database(lambda: conninfos[-1], connections=1, pooler=False, role="")
+    ours = Database(lambda: conninfos[-1], pooler=False, role="")
     for _ in range(150):
         with pytest.raises(UnavailableError):
             ours.fetch_json("database/ready")
@@ -56,7 +56,7 @@ def test_a_statement_that_postgresql_rolled_back_for_another_one_is_retried(conn
         name = conninfo_to_dict(strict)["dbname"]
         with psycopg.connect(strict, autocommit=True) as db:
             db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'".encode())
-        ours = database(strict, connections=8)
+        ours = database(strict)
         ours.fetch_json("tasks/create", user_id="local", task='{"title": "Buy milk"}')
         with ThreadPoolExecutor(8) as threads:
             toggles = [
@@ -73,7 +73,7 @@ def test_a_statement_that_postgresql_rolled_back_for_another_one_is_retried(conn
 )
 def test_an_unknown_sqlstate_counts_by_its_class(conninfo: str, state: str, error: type[Exception]) -> None:
     with new_database(conninfo) as database:
-        ours = Database(lambda: database, connections=1, pooler=False, role="")
+        ours = Database(lambda: database, pooler=False, role="")
         apply_migrations(database)
         with psycopg.connect(database, autocommit=True) as db:
             db.execute(

@@ -16,7 +16,7 @@ from psycopg.rows import TupleRow
 from tests.support.databases import as_url, new_database
 from tests.support.fixtures import Start
 from todo_api.config import StartError
-from todo_api.database import Database, UnavailableError, apply_migrations, ensure_role
+from todo_api.database import Database, UnavailableError, apply_migrations, ensure_role, make_role
 
 ODD_ROLE = 'a "role"; with % and \\ in its näme'
 
@@ -75,13 +75,14 @@ def login(admin: psycopg.Connection[TupleRow], conninfo: str, new_role: NewRole)
 
 def ensure(conninfo: str, role: str, owner: str | None = None) -> None:
     """Migrate a database and ensure its role, as a start does."""
+    make_role(conninfo, role, pooler=False, owner=owner or conninfo)
     apply_migrations(owner or conninfo)
     ensure_role(conninfo, role, pooler=False, owner=owner or conninfo)
 
 
 def can_be_used(conninfo: str, role: str) -> bool:
     """Return whether the service can create and change a task with a role."""
-    database = Database(lambda: conninfo, connections=1, pooler=False, role=role)
+    database = Database(lambda: conninfo, pooler=False, role=role)
     parameters = {"user_id": "local", "task": '{"title": "Buy milk"}'}
     assert database.fetch_json("tasks/create", **parameters)
     assert database.fetch_json("tasks/create_once", **parameters, idempotency_key="key")
@@ -148,7 +149,7 @@ def test_rights_that_were_lost_are_granted_again(login: Login, new_role: NewRole
 def test_statements_fail_while_the_role_is_gone_and_work_again_once_it_is_back(login: Login, new_role: NewRole) -> None:
     conninfo, role = login("SUPERUSER"), new_role(exists=False)
     ensure(conninfo, role)
-    database = Database(lambda: conninfo, connections=1, pooler=False, role=role)
+    database = Database(lambda: conninfo, pooler=False, role=role)
     assert database.fetch_json("database/ready")
     with psycopg.connect(conninfo) as connection:
         connection.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(role)))
@@ -158,17 +159,25 @@ def test_statements_fail_while_the_role_is_gone_and_work_again_once_it_is_back(l
     assert database.fetch_json("database/ready")
 
 
+def test_a_start_that_may_not_make_the_role_changes_nothing(login: Login, new_role: NewRole) -> None:
+    conninfo = login("")
+    with pytest.raises(StartError, match="let an administrator run in this database: CREATE ROLE"):
+        ensure(conninfo, new_role(exists=False))
+    with psycopg.connect(conninfo) as db:
+        assert db.execute("SELECT to_regclass('tasks')").fetchone() == (None,)
+
+
 @pytest.mark.parametrize("attributes", ["SUPERUSER", "BYPASSRLS"])
 def test_a_role_that_bypasses_row_level_security_is_refused(
     login: Login, new_role: NewRole, admin: psycopg.Connection[TupleRow], attributes: str
 ) -> None:
-    conninfo, role = login(""), new_role(attributes)
-    with pytest.raises(StartError) as refused:
-        ensure(conninfo, role)
-    run(conninfo, admin, commands_in(str(refused.value)))
-    with pytest.raises(StartError, match="row-level security does not hold for the role") as refused:
-        ensure(conninfo, role)
-    assert "\n" not in str(refused.value)
+    role = new_role(attributes)
+    for conninfo in (login(""), login("SUPERUSER")):
+        with pytest.raises(StartError, match="set DATABASE_ROLE to a role that may be created") as refused:
+            ensure(conninfo, role)
+        assert "\n" not in str(refused.value)
+    members = admin.execute("SELECT count(*) FROM pg_auth_members WHERE roleid = %s::text::regrole", [f'"{role}"'])
+    assert members.fetchone() == (0,)  # nobody can work as it now
 
 
 def test_the_owner_is_refused_as_the_role(login: Login) -> None:

@@ -63,9 +63,9 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statements, "load", lambda: LOADED | changed | everything)
 
 
-def opened(conninfo: str, *, role: str = ROLE, connections: int = 1, pooler: bool = False) -> Database:
+def opened(conninfo: str, *, role: str = ROLE, share: int | None = None, pooler: bool = False) -> Database:
     """Return a database whose statements run as a role."""
-    return Database(lambda: conninfo, connections=connections, pooler=pooler, role=role)
+    return Database(lambda: conninfo, get_share=lambda: share, pooler=pooler, role=role)
 
 
 def create(database: Database, user_id: str, key: str | None = None) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_32_threads_of_two_users_see_only_their_own_rows_while_connections_are_c
         pgbouncer.running(database, default_pool_size=1, server_login_retry=0.1) if pooler else nullcontext() as bouncer
     ):
         conninfo = bouncer.in_front_of(database) if bouncer else database
-        ours = opened(conninfo, connections=4, pooler=pooler)
+        ours = opened(conninfo, share=4, pooler=pooler)
         with ThreadPoolExecutor(33) as threads:
             users = [threads.submit(use, ours, ["alice", "bob"][number % 2]) for number in range(32)]
             threads.submit(cut).result()

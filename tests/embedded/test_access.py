@@ -200,3 +200,14 @@ def test_a_database_that_was_dropped_is_created_again(data_dir: Path, start: Sta
     assert service.client.get("/api/tasks").json() == []
     assert service.stop() == 0
     assert_set_up(data_dir, start)
+
+
+@pytest.mark.parametrize("role", ["postgres", "pg_execute_server_program"])
+def test_a_powerful_role_is_refused_and_not_granted(role: str, data_dir: Path, start: Start) -> None:
+    service = start(DATA_DIR=data_dir, DATABASE_ROLE=role)
+    assert service.process.wait(timeout=120) == 3
+    assert "set DATABASE_ROLE to a role that may be created" in service.log()
+    service = start(DATA_DIR=data_dir).wait()
+    try_role = [str(BIN / "psql"), f"--command=SET ROLE {role}", as_role(data_dir / "postgres", "todo")]
+    assert "permission denied to set role" in output(try_role)
+    assert service.stop() == 0

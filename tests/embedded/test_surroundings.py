@@ -170,6 +170,27 @@ def test_a_user_can_start_a_service_that_root_has_started(
 
 
 @as_root
+@pytest.mark.parametrize("name", ["start.lock", "users.lock", "server.lock", "postgres/postgres.log"])
+def test_root_follows_no_links_in_a_folder_of_a_user(
+    name: str, open_folder: Path, data_dir: Path, start: Start
+) -> None:
+    secret = open_folder / "secret"
+    secret.write_text("of root")
+    secret.chmod(0o640)
+    before = secret.stat()
+    (data_dir / name).unlink(missing_ok=True)
+    (data_dir / name).symlink_to(secret)
+    subprocess.run(["chown", "--no-dereference", "-R", f"{UNKNOWN}:{UNKNOWN}", data_dir], check=True)
+    service = start(DATA_DIR=data_dir)
+    wait_until(lambda: service.process.poll() is not None or service.answers())
+    if service.process.poll() is None:
+        service.kill()
+    assert secret.read_text() == "of root"
+    after = secret.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
+@as_root
 def test_processes_of_nobody_cannot_use_the_server_of_root(open_folder: Path, start: Start) -> None:
     service = start(DATA_DIR=open_folder / "data").wait()
     psql: list[str | Path] = [BIN / "psql", "-h", open_folder / "data" / "postgres", "-U", "todo", "-c", "SELECT 1"]

@@ -154,13 +154,17 @@ def test_a_server_out_of_connections_is_not_taken_for_a_pooler(postgres: Postgre
     assert service.stop() == 0
 
 
-def test_two_workers_share_the_few_connections_that_the_server_allows(postgres: Postgres, start: Start) -> None:
+@pytest.mark.parametrize("options", [[], ["--preload"]], ids=str)
+def test_two_workers_share_the_few_connections_that_the_server_allows(
+    options: list[str], postgres: Postgres, start: Start
+) -> None:
+    name = f"four{len(options)}"
     with psycopg.connect(postgres.conninfo, autocommit=True) as db:
-        db.execute("CREATE ROLE four LOGIN CREATEROLE CONNECTION LIMIT 4")
-        db.execute("CREATE DATABASE four OWNER four")
-    url = as_url(make_conninfo(postgres.conninfo, user="four", dbname="four"))
-    settings = {"DATABASE_POOLER": False, "DATABASE_ROLE": "of_four", "WEB_CONCURRENCY": 2}
-    service = start(DATABASE_URL=url, **settings).wait()
+        db.execute(f"CREATE ROLE {name} LOGIN CREATEROLE CONNECTION LIMIT 4".encode())
+        db.execute(f"CREATE DATABASE {name} OWNER {name}".encode())
+    url = as_url(make_conninfo(postgres.conninfo, user=name, dbname=name))
+    settings = {"DATABASE_POOLER": False, "DATABASE_ROLE": f"of_{name}", "WEB_CONCURRENCY": 2}
+    service = start(command=[sys.executable, "wsgi.py", *options], DATABASE_URL=url, **settings).wait()
     wait_until(lambda: len(workers(service)) == 2)
     at_once(service, 16, lambda client, _: client.get("/api/tasks"))
     responses = [httpx.post(f"{service.url}/api/tasks", json={"title": "Buy milk"}) for _ in range(60)]

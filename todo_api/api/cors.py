@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flask import Flask
+from flask import Flask, Response, request
 from flask_cors import CORS
 
 
@@ -20,3 +20,9 @@ def init_app(app: Flask, origins: Sequence[str]) -> None:
         always_send=False,  # send the headers only if the request has an Origin, and name only this origin
         max_age=600,  # seconds for which a browser caches the response to a preflight request
     )
+
+    @app.after_request
+    def vary(response: Response) -> Response:
+        if request.path.startswith("/api/"):
+            response.vary.add("Origin")  # Flask-CORS omits it if there is only one origin
+        return response

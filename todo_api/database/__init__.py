@@ -17,6 +17,7 @@ from todo_api.database.errors import InvalidValueError, SilentError, Unavailable
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
 from todo_api.database.role import ensure as ensure_role
+from todo_api.database.role import make as make_role
 from todo_api.database.statements import SEPARATOR
 from todo_api.database.url import asks_for_tls, check_url, libpq_variables
 
@@ -34,6 +35,7 @@ __all__ = [
     "fill_pools",
     "has_session_settings",
     "libpq_variables",
+    "make_role",
 ]
 
 log = logging.getLogger(__name__)
@@ -48,15 +50,15 @@ class Database:
         self,
         get_conninfo: Callable[[], str],
         *,
-        connections: int,
         pooler: bool,
         role: str,
-        share: int | None = None,
+        get_share: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Load the statements, without connecting to the database.
 
         ``get_conninfo`` returns the connection string; it is called for each new connection, in a thread of the pool.
-        ``share`` is how many of them this process may keep, or None if the server allows all of them.
+        ``get_share`` returns how many connections this process may keep, or None if the server allows one for each
+        thread, or is not asked yet.
         ``pooler`` is true if the connection string leads to a pooler in transaction mode, such as PgBouncer.
         ``role`` is the role that statements run as, for which row-level security holds; '' for the login role.
 
@@ -67,7 +69,7 @@ class Database:
         self._statements = statements.load()
         self._role = role
         self._missing: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
-        self.pool = Pool(get_conninfo, connections, share, pooler=pooler)
+        self.pool = Pool(get_conninfo, get_share, pooler=pooler)
         _databases.add(self)
 
     def fetch_json(self, name: str, **parameters: Any) -> bytes | None:

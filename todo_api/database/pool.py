@@ -37,12 +37,15 @@ _ASK_TIMEOUT = 0.4  # seconds
 class Pool:
     """psycopg's pool with two changes: no statement waits during an outage, and none gets a dead connection."""
 
-    def __init__(self, get_conninfo: Callable[[], str], size: int, share: int | None, *, pooler: bool) -> None:
-        """Create a closed pool. Its threads and connections would not survive a fork, so each worker opens its own."""
+    def __init__(self, get_conninfo: Callable[[], str], get_share: Callable[[], int | None], *, pooler: bool) -> None:
+        """Create a closed pool. Its threads and connections would not survive a fork, so each worker opens its own.
+
+        It opens one connection first, since only then the process knows its share of the server's connections.
+        """
         connection_class = PoolerConnection if pooler else Connection
         self.outage = Outage()
-        self._share = share or inf  # the most connections, but for one to ask
-        self._size = size = int(min(size, self._share))
+        self._get_share = get_share
+        self._size = 1
         self._busy: set[Connection] = set()  # the connections on which a statement runs
         self._asking = threading.Lock()
         loaded = statements.load()
@@ -52,8 +55,8 @@ class Pool:
         self._pool = ConnectionPool(
             connection_class=connection_class,
             kwargs=connection_class.arguments | {"get_conninfo": get_conninfo, "outage": self.outage},
-            min_size=size,
-            max_size=size,
+            min_size=1,
+            max_size=1,
             max_waiting=_MAX_WAITING,
             reconnect_timeout=0,  # no backoff: the next statement makes the pool connect again
             reconnect_failed=self._reconnect_failed,
@@ -64,12 +67,17 @@ class Pool:
     def fill(self, size: int) -> None:
         """Open this many connections, so that the first statements need not wait. Return early in an outage."""
         self._pool.open()
-        self._resize(int(min(size, self._share)))
         deadline = time.monotonic() + _FILL_TIMEOUT
+        if self._wait_until_full(deadline):
+            self._resize(min(size, self._get_share() or size))
+            self._wait_until_full(deadline)
+
+    def _wait_until_full(self, deadline: float) -> bool:
         while self._pool.get_stats()["pool_available"] < self._size:
             if self.outage.active or time.monotonic() > deadline:
-                return
+                return False
             time.sleep(_POLL)
+        return True
 
     def _resize(self, size: int) -> None:
         self._size = size
@@ -178,8 +186,8 @@ class Pool:
                     self._pool.check()  # makes the empty pool connect, which getconn() has not done
                     time.sleep(_POLL)
                 late = time.monotonic() > deadline
-                # There are more threads than connections, or one is needed to ask.
-                if len(self._busy) >= self._size and (to_ask or self._size < self._share):
+                most = (self._get_share() or inf) + to_ask
+                if self._size <= len(self._busy) < most:  # a thread has no connection, or one is needed to ask
                     self._resize(len(self._busy) + 1)
                 elif not self._busy and self._connecting_fails(began, late=late):
                     self.outage.begin()

@@ -24,23 +24,43 @@ _RACES = (
 )
 
 
-def ensure(conninfo: str, role: str, *, pooler: bool, owner: str) -> None:
-    """Check that row-level security holds for the role, after making the role and granting its rights if necessary.
+def make(conninfo: str, role: str, *, pooler: bool, owner: str) -> None:
+    """Make the role if it is missing, and let the login role work as it.
 
-    ``owner`` is the connection string of the role that applies the migrations. If ``role`` is '', no role is made, and
-    row-level security must not hold: without an identity it hides every row.
+    This precedes the migrations. If it fails, the database is as it was, and the previous version can still use it.
+    ``owner`` is the connection string of the role that applies the migrations. If ``role`` is '', nothing is done.
+
+    Raises:
+        StartError: an administrator has to run what the message says.
+        UnavailableError: the database cannot be reached.
+
+    """
+    if role:
+        _grant(conninfo, role, pooler=pooler, owner=owner, only_role=True)
+
+
+def ensure(conninfo: str, role: str, *, pooler: bool, owner: str) -> None:
+    """Check that row-level security holds for the role, after granting its rights if necessary.
+
+    ``owner`` is the connection string of the role that applies the migrations. If ``role`` is '', row-level security
+    must not hold: without an identity it hides every row.
 
     Raises:
         StartError: row-level security does not hold, and an administrator has to run what the message says.
         UnavailableError: the database cannot be reached.
 
     """
+    _grant(conninfo, role, pooler=pooler, owner=owner, only_role=False)
+
+
+def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: bool) -> None:
     connection_class = PoolerConnection if pooler else UnpreparedConnection
     try:
         for pause in PAUSES:
             with connection_class.connect(conninfo, **Connection.arguments) as connection:
-                if not (commands := _missing_grants(connection, role)):
-                    _check(connection, role)
+                if not (commands := _missing_grants(connection, role, only_role=only_role)):
+                    if not only_role:
+                        _check(connection, role)
                     return
             try:
                 _run(owner, commands)
@@ -56,12 +76,24 @@ def ensure(conninfo: str, role: str, *, pooler: bool, owner: str) -> None:
         raise StartError(f"row-level security: other processes change the role {role} all the time: {commands}")
     except psycopg.OperationalError as error:
         raise unreachable(error) from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise StartError(
+            f"the login role may not work as the role {role} of DATABASE_ROLE, for which row-level security may not "
+            "hold: set DATABASE_ROLE to a role that may be created"
+        ) from error
+    except psycopg.errors.UndefinedTable as error:
+        raise StartError(
+            f"the role {role} of DATABASE_ROLE does not find the tables ({_first_line(error)}), perhaps because the "
+            "search_path of the login role has its own schema: ALTER ROLE … SET search_path to the schema's name, or "
+            "set DATABASE_ROLE to nothing"
+        ) from error
     except psycopg.Error as error:
         raise StartError(f"the role {role} of DATABASE_ROLE cannot be used: {_first_line(error)}") from error
 
 
-def _missing_grants(connection: Connection, role: str) -> str:
-    row = role and connection.fetch(statements.load()["database/missing_grants"].query(role=role))
+def _missing_grants(connection: Connection, role: str, *, only_role: bool) -> str:
+    query = statements.load()["database/missing_grants"].query(role=role, only_role=only_role)
+    row = role and connection.fetch(query)
     return row[0].decode() if row else ""
 
 

@@ -396,7 +396,8 @@ def _as_superuser(conninfo: str) -> str:
 def _can_log_in(conninfo: str, role: str = "") -> bool:
     """Return whether a user can log in and, if there is a role, may work as that."""
     try:
-        psycopg.connect(conninfo, options="-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None).close()
+        options = "-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None
+        psycopg.connect(conninfo, options=options, connect_timeout=_HIDDEN_TIMEOUT).close()
     except psycopg.OperationalError:
         return False
     return True

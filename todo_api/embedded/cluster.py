@@ -416,15 +416,13 @@ def _restrict(cluster: Path) -> None:
 
 def _new_log(cluster: Path) -> BinaryIO:
     log_file = log_of(cluster)
-    if log_file.exists():
+    with suppress(FileNotFoundError):
+        log_file.replace(before := log_file.with_suffix(".log.1"))
         # An earlier version made it readable for all, and it can contain users' data. If root has started the service
-        # in a user's folder, it may belong to root.
-        with suppress(PermissionError):
-            log_file.chmod(0o600)
-        log_file.replace(log_file.with_suffix(".log.1"))
-    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    locks.give_to_owner_of_folder(descriptor, log_file)
-    return os.fdopen(descriptor, "wb")
+        # in a user's folder, it may belong to root. It may also be a link, which root must not follow.
+        with suppress(OSError), os.fdopen(os.open(before, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
+            os.fchmod(opened.fileno(), 0o600)
+    return os.fdopen(locks.create(log_file), "wb")
 
 
 def _name(user: int) -> str:

@@ -109,17 +109,26 @@ def server_lock(data_dir: Path) -> Iterator[ServerLock]:
 
 
 def _open(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    give_to_owner_of_folder(descriptor, path)
-    return descriptor
+    with suppress(FileExistsError):
+        return create(path)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
-def give_to_owner_of_folder(descriptor: int, path: Path) -> None:
-    """Give a file that root has created to the owner of its folder, who may run the service later."""
-    if socket_folder.is_root() and os.fstat(descriptor).st_uid == 0:
+def create(path: Path) -> int:
+    """Create a file, and return its file descriptor. If root does it, it belongs to the owner of the folder.
+
+    That user may run the service later. The user may also have put a link there, which root must not follow.
+
+    Raises:
+        FileExistsError: there is a file, or a link.
+
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    if socket_folder.is_root():
         owner = path.parent.stat()
         with suppress(OSError):  # some file systems have no owners
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    return descriptor
 
 
 def record(descriptor: int, pid: int) -> None:

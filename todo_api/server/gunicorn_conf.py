@@ -125,7 +125,17 @@ def _survive_failed_forks(server: Any) -> None:
         else:
             is_logged = False
 
-    server.spawn_worker = try_to_spawn_worker
+    reexec = server.reexec
+
+    def try_to_reexec() -> None:
+        try:
+            reexec()
+        except OSError as error:
+            log.warning("SIGUSR2: the new service cannot be started: %s", error)
+            if os.getpid() != server.pid:
+                os._exit(1)  # the process that should have become the new service
+
+    server.spawn_worker, server.reexec = try_to_spawn_worker, try_to_reexec
 
 
 def _check(cfg: Any) -> None:
@@ -171,6 +181,7 @@ def _name_of(descriptor: int) -> Any:
 def on_reload(server: Any) -> None:
     """Log that a reload does not load new code. The new workers are forks of the master, which has the old code."""
     server.cfg.set("reload", False)
+    _check(server.cfg)  # gunicorn has read its options again
     log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
 

@@ -112,6 +112,8 @@ def _detail(status: int, error: BaseException | None) -> str:
 
 def _quoted(part: object, attribute: str) -> str:
     """Quote the beginning of a part of a request, without a query and without the value of a header."""
+    if attribute == "hdr" and not re.match(r"[A-Za-z-]{1,40}(?![^:\s])", str(part)):
+        return "..."  # not the name of a header; it may be the second line of a long value, such as a token
     ends = r"[?]" if attribute == "req" else r"[?:\s]"
     return ascii(re.split(ends, str(part), maxsplit=1)[0][:QUOTED])
 

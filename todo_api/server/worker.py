@@ -333,6 +333,7 @@ class Worker(ThreadWorker):
                 excess -= len(conn.parser.unreader.data)
                 self.poller.unregister(conn.sock)
                 self.unfinished.remove(conn)
+                conn.parser.unreader.data.clear()
                 self._time_out(conn)
 
     def _is_late(self, deadline: float) -> bool:
