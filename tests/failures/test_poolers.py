@@ -253,7 +253,7 @@ def test_migrations_are_applied_through_migration_database_url(postgres: Postgre
     direct = make_conninfo(postgres.conninfo, dbname="shop")
     with pgbouncer.running(make_conninfo(direct, user="app")) as bouncer:
         settings = {"DATABASE_URL": as_url(bouncer.in_front_of(direct)), "DATABASE_POOLER": True}
-        refused = start(**settings)
+        refused = start(**settings, DATABASE_ROLE="")
         assert refused.process.wait(timeout=120) != 0
         assert re.fullmatch("todo_api: .*permission denied.*MIGRATION_DATABASE_URL.*\n", refused.log())
         service = start(**settings, MIGRATION_DATABASE_URL=as_url(direct)).wait()

@@ -84,8 +84,8 @@ def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: boo
     except psycopg.errors.UndefinedTable as error:
         raise StartError(
             f"the role {role} of DATABASE_ROLE does not find the tables ({_first_line(error)}), perhaps because the "
-            "search_path of the login role has its own schema: ALTER ROLE … SET search_path to the schema's name, or "
-            "set DATABASE_ROLE to nothing"
+            "search_path of the login role has its own schema: put the schema's name there, or set DATABASE_ROLE to "
+            "nothing"
         ) from error
     except psycopg.Error as error:
         raise StartError(f"the role {role} of DATABASE_ROLE cannot be used: {_first_line(error)}") from error
