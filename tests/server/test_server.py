@@ -260,7 +260,7 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take another user id")
-def test_the_service_outlives_a_worker_that_cannot_be_replaced(database_url: str, start: Start) -> None:
+def test_the_service_outlives_processes_that_cannot_be_started(database_url: str, start: Start) -> None:
     # The limit counts all threads of the real user. The effective user still is root, who may read the project.
     as_other = ["setpriv", "--ruid=58999", "--bounding-set=-sys_resource,-sys_admin"]
     service = start(prefix=[*as_other, "prlimit", "--nproc=60"], DATABASE_URL=database_url, WEB_CONCURRENCY=2).wait()
@@ -272,6 +272,9 @@ def test_the_service_outlives_a_worker_that_cannot_be_replaced(database_url: str
             send(signal.SIGKILL, *workers(service)[:1])
             wait_until(lambda: "a worker cannot be started" in service.log())
             time.sleep(2.5)  # two more attempts
+            assert service.answers()
+            service.process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: "SIGUSR2: the new service cannot be started" in service.log())
             assert service.answers()
         finally:
             other.kill()
