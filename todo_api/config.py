@@ -207,7 +207,7 @@ _KEY_SET_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]
 def _check_tokens() -> None:
     missing = [name for name in _TOKENS if name not in os.environ]
     if missing and len(missing) < len(_TOKENS):
-        raise StartError(f"{', '.join(_TOKENS)} must be set together, but not {' and '.join(missing)}")
+        raise StartError(f"{', '.join(_TOKENS)} must be set together; missing: {', '.join(missing)}")
 
 
 def _is_url(key_set: str) -> bool:

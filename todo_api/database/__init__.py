@@ -13,7 +13,14 @@ import psycopg
 
 from todo_api.database import statements
 from todo_api.database.connection import Query, Values, connection_limit, has_session_settings
-from todo_api.database.errors import InvalidValueError, SilentError, UnavailableError, is_schema_error, translated
+from todo_api.database.errors import (
+    InvalidValueError,
+    SilentError,
+    UnavailableError,
+    first_line,
+    is_schema_error,
+    translated,
+)
 from todo_api.database.migrations import apply as apply_migrations
 from todo_api.database.pool import Pool
 from todo_api.database.role import ensure as ensure_role
@@ -110,7 +117,7 @@ class Database:
             if (known := translated(error)) is error:
                 raise  # a bug
             if is_schema_error(error):
-                self._record_missing(name, str(error).partition("\n")[0])
+                self._record_missing(name, first_line(error))
             else:
                 # The error message is not logged, because it may contain data of a user.
                 log.warning("%s: %s (SQLSTATE %s)", name, type(error).__name__, error.sqlstate)

@@ -35,6 +35,11 @@ _TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidVa
 ]
 
 
+def first_line(error: psycopg.Error) -> str:
+    """Return the message of an error without its details, which can contain data."""
+    return str(error).partition("\n")[0]
+
+
 def unreachable(error: psycopg.Error) -> UnavailableError:
     """Return the error for other packages that tells why the database cannot be reached."""
     kind = SilentError if isinstance(error, psycopg.errors.ConnectionTimeout) else UnavailableError

@@ -26,7 +26,7 @@ from yoyo.migrations import Migration, MigrationList, default_migration_table, t
 from todo_api.config import StartError
 from todo_api.database import statements
 from todo_api.database.connection import NetworkConnection
-from todo_api.database.errors import unreachable
+from todo_api.database.errors import first_line, unreachable
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class _Backend(PostgresqlPsycopgBackend):
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
-            raise StartError(f"migration {migration.id} failed: {_first_line(error)}") from error
+            raise StartError(f"migration {migration.id} failed: {first_line(error)}") from error
         self.mark_one(migration, log=False)
         # yoyo's own log_migration fails for a user without a passwd entry, and may wait for a name server.
         _run(self, "log_migration", migration_id=migration.id, checksum=_checksum(migration), hostname=gethostname())
@@ -91,15 +91,11 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
         raise unreachable(error) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise StartError(
-            f"the migrations cannot be applied: {_first_line(error)}: let the role create tables (GRANT CREATE ON "
+            f"the migrations cannot be applied: {first_line(error)}: let the role create tables (GRANT CREATE ON "
             "SCHEMA), or set MIGRATION_DATABASE_URL to a URL with a role that may create tables"
         ) from error
     except psycopg.Error as error:
-        raise StartError(f"the migrations cannot be applied: {_first_line(error)}") from error
-
-
-def _first_line(error: psycopg.Error) -> str:
-    return str(error).partition("\n")[0]
+        raise StartError(f"the migrations cannot be applied: {first_line(error)}") from error
 
 
 def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:

@@ -11,7 +11,7 @@ import psycopg
 from todo_api.config import StartError
 from todo_api.database import statements
 from todo_api.database.connection import PAUSES, Connection, NetworkConnection, PoolerConnection, UnpreparedConnection
-from todo_api.database.errors import unreachable
+from todo_api.database.errors import first_line, unreachable
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: boo
                 time.sleep(pause)
             except psycopg.errors.InsufficientPrivilege as error:
                 raise StartError(
-                    f"row-level security needs the role {role}, and this start may not make it ({_first_line(error)}): "
+                    f"row-level security needs the role {role}, and this start may not make it ({first_line(error)}): "
                     f"let an administrator run in this database: {commands}; or set DATABASE_ROLE to nothing, and the "
                     "statements alone keep users apart"
                 ) from error
@@ -83,12 +83,12 @@ def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: boo
         ) from error
     except psycopg.errors.UndefinedTable as error:
         raise StartError(
-            f"the role {role} of DATABASE_ROLE does not find the tables ({_first_line(error)}), perhaps because the "
+            f"the role {role} of DATABASE_ROLE does not find the tables ({first_line(error)}), perhaps because the "
             "search_path of the login role has its own schema: put the schema's name there, or set DATABASE_ROLE to "
             "nothing"
         ) from error
     except psycopg.Error as error:
-        raise StartError(f"the role {role} of DATABASE_ROLE cannot be used: {_first_line(error)}") from error
+        raise StartError(f"the role {role} of DATABASE_ROLE cannot be used: {first_line(error)}") from error
 
 
 def _missing_grants(connection: Connection, role: str, *, only_role: bool) -> str:
@@ -121,7 +121,3 @@ def _run(conninfo: str, commands: str) -> None:
     ):
         owner.execute(statements.load()["database/migration_lock"].rows)
         owner.execute(commands.encode())
-
-
-def _first_line(error: psycopg.Error) -> str:
-    return str(error).partition("\n")[0]

@@ -18,6 +18,7 @@ OVERRIDDEN = {
         *("_cap_keepalive", "check_config", "handle_request", "handle_error"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
+    "gunicorn.arbiter:Arbiter": {"spawn_worker", "reexec"},
     "gunicorn.http.wsgi": {"Response"},
     "gunicorn.http.body:Body": {"read"},
     "gunicorn.http.unreader:SocketUnreader": {"__init__", "chunk", "take_buffered", "unread"},

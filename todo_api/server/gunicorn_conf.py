@@ -91,7 +91,8 @@ def on_starting(server: Any) -> None:
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)
-    _survive_failed_forks(server)
+    if not difference:
+        _survive_failed_forks(server)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
 
 
