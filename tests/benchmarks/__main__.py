@@ -15,7 +15,7 @@ import psycopg
 
 from tests.support.postgres import Postgres
 
-from . import growth, machine
+from . import growth, identity, machine
 from .candidates import COMMANDS, Candidate
 from .loads import Load, Result, pgbench, wrk
 from .operations import ALL, CREATE, PATCH, READ, TOGGLE, Operation, page
@@ -39,16 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--seconds", type=int, default=1, help="length of each round")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds of each measurement")
-    parser.add_argument("--only", choices=["compare", "growth"], help="run only one half")
+    parser.add_argument("--only", choices=["compare", "growth", "identity"], help="run only one part")
     options = parser.parse_args()
     print(f"{machine.describe()}; medians of {options.rounds} rounds of {options.seconds} s\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         postgres = Postgres(Path(folder) / "server")
         try:
-            if options.only != "growth":
-                compare(postgres.conninfo, Path(folder), options.rounds, options.seconds)
-            if options.only != "compare":
-                growth.measure(postgres.conninfo, Path(folder), options.rounds, options.seconds)
+            for name, measure in {"compare": compare, "growth": growth.measure, "identity": identity.measure}.items():
+                if options.only in {None, name}:
+                    measure(postgres.conninfo, Path(folder), options.rounds, options.seconds)
         finally:
             postgres.stop()
 

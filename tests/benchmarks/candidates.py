@@ -36,13 +36,14 @@ COMMANDS = {
 class Candidate:
     """A running application."""
 
-    def __init__(self, name: str, conninfo: str, log: Path) -> None:
+    def __init__(self, name: str, conninfo: str, log: Path, **more_settings: object) -> None:
         """Start it and wait for its first response. Without ``conninfo``, it starts an embedded PostgreSQL."""
         self.name = name
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = {"bare": [f"--bind=127.0.0.1:{port}"], "FastAPI": [f"--port={port}"]}.get(name, [])
         settings: dict[str, object] = {"PORT": port, "WEB_CONCURRENCY": WORKERS, "WEB_THREADS": THREADS}
+        settings |= more_settings
         if conninfo:
             settings |= {"DATABASE_URL": as_url(conninfo), "SQLALCHEMY_URL": sqlalchemy_url(conninfo)}
         else:
@@ -60,7 +61,7 @@ class Candidate:
 
     def _answers(self) -> bool:
         with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/api/tasks?limit=1").is_success
+            return not httpx.get(f"{self.url}/api/tasks?limit=1").is_server_error  # a 401 is a response too
         return False
 
     def processes(self) -> list[psutil.Process]:

@@ -31,17 +31,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Load:
-    """A load: the number of connections, the seconds, and the highest id of the tasks, which start at 1."""
+    """A load: the number of connections, the seconds, and whose tasks it uses.
+
+    The first user has the tasks from the id ``first`` on, the second user the tasks after these, and so on.
+    """
 
     connections: int
     seconds: int
-    ids: int
+    tasks: int  # of each user
+    first: int = 1
+    tokens: Path | None = None  # a file with a token of each user in a line; without it, there is one user
 
 
 def wrk(candidate: Candidate, operation: Operation, load: Load) -> Result:
     """Put an application under load with wrk, and check that no request fails."""
     before = candidate.cpu_seconds()
-    arguments = [operation.method, operation.path, operation.body, str(load.ids)]
+    arguments = [operation.method, operation.path, operation.body, str(load.tasks), str(load.first)]
+    arguments += [str(load.tokens)] if load.tokens else []
     command = [program("wrk"), "-t1", f"-c{load.connections}", f"-d{load.seconds}s", "--timeout=60s", "-s", str(SCRIPT)]
     run = subprocess.run([*command, candidate.url, "--", *arguments], capture_output=True, text=True, check=True)
     seen = json.loads(run.stdout.splitlines()[-1])
@@ -69,7 +75,7 @@ def pgbench(conninfo: str, operation: Operation, load: Load) -> float:
     command += [f"--define={name}={value}" for name, value in variables.items()]
     run = subprocess.run(
         [*command, conninfo],
-        input=f"\\set task_id random(1, {load.ids})\n\\set n random(1, 1000000000)\n{script}\n;\n",
+        input=f"\\set task_id random(1, {load.tasks})\n\\set n random(1, 1000000000)\n{script}\n;\n",
         capture_output=True,
         text=True,
         check=True,

@@ -1,18 +1,26 @@
--- Arguments: method, path, body; "{id}" stands for a task's id out of a range, "{n}" for another number each time, in
--- each run: a change that was made before would change nothing.
-local method, path, body, ids
+-- Arguments: method, path, body, the number of tasks of each user, the first user's lowest id, and a file with a token of
+-- each user in a line. Without a file, there are no tokens. "{id}" stands for the id of one of the user's tasks, "{n}"
+-- for another number each time, in each run: a change that was made before would change nothing.
+local method, path, body, tasks, first, file
+local tokens = {}
 local number = os.time() % 100000 * 1000000
 
 function init(arguments)
-  method, path, body, ids = arguments[1], arguments[2], arguments[3], tonumber(arguments[4])
+  method, path, body, tasks, first, file = unpack(arguments)
   math.randomseed(os.time())
   if body ~= "" then wrk.headers["Content-Type"] = "application/json" end
+  if file then
+    for token in io.lines(file) do tokens[#tokens + 1] = token end
+  end
 end
 
 function request()
   number = number + 1
+  local user = number % math.max(#tokens, 1)
+  if file then wrk.headers["Authorization"] = "Bearer " .. tokens[user + 1] end
   local text = body ~= "" and body:gsub("{n}", number) or nil
-  return wrk.format(method, (path:gsub("{id}", function() return math.random(ids) end)), nil, text)
+  local id = function() return string.format("%d", first + user * tasks + math.random(0, tasks - 1)) end
+  return wrk.format(method, (path:gsub("{id}", id)), nil, text)
 end
 
 function done(summary, latency)
