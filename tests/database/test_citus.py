@@ -15,8 +15,8 @@ from tests.support.databases import TABLES, administrator, as_url, migrate, new_
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
 from tests.support.psql import run_psql
-from todo_api.database import Database, suited_to_citus
-from todo_api.database.connection import Query
+from todo_api.database import suited_to_citus
+from todo_api.database.connection import Connection, Query
 
 DISTRIBUTE = "sql/citus/distribute.sql"
 INSTALL = """
@@ -46,10 +46,9 @@ def admin(database: str) -> Iterator[psycopg.Connection[TupleRow]]:
 
 def plan_mode(conninfo: str) -> str:
     """Return how the sessions of the service make plans."""
-    suited = suited_to_citus(conninfo, role="", pooler=False)
-    row = Database(lambda: suited, pooler=False, role="").pool.fetch(PLANS)
-    assert row
-    return row[0].decode()
+    with Connection.connect(suited_to_citus(conninfo, role="", pooler=False), **Connection.arguments) as connection:
+        [mode] = connection.fetch(PLANS) or ()
+    return mode.decode()
 
 
 def test_only_with_citus_sessions_use_no_generic_plans(database: str, admin: psycopg.Connection[TupleRow]) -> None:
@@ -66,10 +65,9 @@ def test_options_of_the_url_and_the_environment_still_count(
     with_options = f"{database} options='-c work_mem=5MB'"
     monkeypatch.setenv("PGOPTIONS", "-c work_mem=6MB")
     for conninfo, expected in ((with_options, b"5MB"), (database, b"6MB")):
-        suited = suited_to_citus(conninfo, role="", pooler=False)
-        pool = Database(lambda conninfo=suited: conninfo, pooler=False, role="").pool
-        assert pool.fetch(work_mem) == (expected, b"on")
-        assert pool.fetch(PLANS) == (b"auto",)
+        with Connection.connect(suited_to_citus(conninfo, role="", pooler=False), **Connection.arguments) as connection:
+            assert connection.fetch(work_mem) == (expected, b"on")
+            assert connection.fetch(PLANS) == (b"auto",)
 
 
 def test_a_start_with_shared_out_tables_and_a_role_ends_with_one_line(

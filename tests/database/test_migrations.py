@@ -180,7 +180,8 @@ def older(database: str, tmp_path: Path) -> str:
 
 
 FILL = """
-    INSERT INTO tasks (user_id, title, completed) SELECT 'user ' || n % 7, n, n % 2 = 0 FROM generate_series(1, 50000) AS n
+    INSERT INTO tasks (user_id, title, completed)
+    SELECT 'user ' || n % 7, n, n % 2 = 0 FROM generate_series(1, 50000) AS n
 """
 INDEXES = """
     SELECT indexes.indexdef FROM pg_indexes AS indexes
