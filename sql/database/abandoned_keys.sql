@@ -9,6 +9,6 @@
 -- psql -X -v ON_ERROR_STOP=1 -f sql/database/abandoned_keys.sql "$DATABASE_URL"
 SELECT user_id
 FROM idempotency_keys
-WHERE created_at < now() - interval '48 hours'
-ORDER BY created_at
+WHERE created_at AT TIME ZONE 'UTC' < now() AT TIME ZONE 'UTC' - interval '48 hours' -- as in the index
+ORDER BY created_at AT TIME ZONE 'UTC'
 LIMIT 1000;

@@ -1,4 +1,4 @@
--- depends: 0004.index-oldest-keys
+-- depends: 0004.index-abandoned-keys
 -- Each key begins with the user, so that the table can be shared out by user, and a page of open tasks takes the same
 -- time however many tasks the user has finished.
 --
