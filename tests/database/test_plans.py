@@ -68,8 +68,13 @@ def filled(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
             connection.execute(
                 """
                 INSERT INTO idempotency_keys (user_id, key, task, task_id, created_at)
-                SELECT 'user ' || n % 5, 'key ' || n, '{"title": "a"}', n, now() - n * interval '1 minute'
-                FROM generate_series(1, 20000) AS n
+                SELECT
+                    CASE WHEN n % 2 = 0 THEN 'user 3' ELSE 'single ' || n / 10 END,
+                    'key ' || n,
+                    '{"title": "a"}',
+                    n,
+                    now() - n * interval '1 second'
+                FROM generate_series(1, 80000) AS n -- 22 hours; older ones are soon cleared
                 """
             )
             connection.execute("VACUUM ANALYZE tasks, idempotency_keys")

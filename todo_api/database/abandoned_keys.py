@@ -27,7 +27,7 @@ class AbandonedKeys:
     """The idempotency keys of users who do not come back."""
 
     def __init__(self, get_owner: Callable[[], str]) -> None:
-        """``get_owner`` returns the connection string of the tables' owner, who sees the keys of all users."""
+        """Run nothing yet. ``get_owner`` returns the connection string of the tables' owner, who sees all keys."""
         self._get_owner = get_owner
         self._next = 0.0  # when the next run is due
         self._running = threading.Lock()
