@@ -112,7 +112,8 @@ def plan_of(
     """Return the nodes of the generic plan of a statement, which PostgreSQL makes without the parameters' values."""
     connection.execute(b"PREPARE statement AS " + text)
     literals = sql.SQL(", ").join(sql.Literal(values[parameter]) for parameter in LOADED[name].parameters)
-    explain = sql.SQL("EXPLAIN ({}) EXECUTE statement ({})").format(sql.SQL(options), literals)
+    arguments = sql.SQL("({})").format(literals) if LOADED[name].parameters else sql.SQL("")
+    explain = sql.SQL("EXPLAIN ({}) EXECUTE statement {}").format(sql.SQL(options), arguments)
     explained = connection.execute(explain).fetchone()
     connection.execute("DEALLOCATE statement")
     assert explained
@@ -191,6 +192,20 @@ def test_create_once_reads_only_the_oldest_keys_of_its_user_and_its_own(
     # It finds its own key through the constraint that makes keys unique.
     [insert] = [node for node in plan if node.get("Conflict Arbiter Indexes")]
     assert insert["Conflict Arbiter Indexes"] == ["idempotency_keys_pkey"]
+
+
+def test_old_keys_of_all_users_are_found_through_their_index(filled: psycopg.Connection[TupleRow]) -> None:
+    plan = plan_of(filled, "database/abandoned_keys", LOADED["database/abandoned_keys"].rows)
+    assert [node.get("Index Name") for node in plan] == [None, "idempotency_keys_abandoned"]
+    plan = plan_of(filled, "database/clear_abandoned_keys", LOADED["database/clear_abandoned_keys"].rows)
+    assert {node["Index Name"] for node in plan if "Index Name" in node} == INDEXES["tasks/create_once"]
+
+
+def test_the_readiness_check_reads_no_rows(full_table: psycopg.Connection[TupleRow]) -> None:
+    plan = plan_of(full_table, "database/ready", LOADED["database/ready"].rows)
+    scans = [node for node in plan if "Relation Name" in node]
+    assert {scan["Node Type"] for scan in scans} <= {"Index Scan", "Index Only Scan"}
+    assert all("user_id = ''" in scan["Index Cond"] for scan in scans)
 
 
 @pytest.mark.parametrize("name", TASK_STATEMENTS)
