@@ -1,7 +1,8 @@
 """The fixtures that the tests share: a real service on a real PostgreSQL.
 
 The database belongs to an embedded PostgreSQL in a temporary folder, or to the server that TEST_DATABASE_URL names. If
-TEST_POOLER is set, services connect to every server through a PgBouncer in transaction mode.
+TEST_POOLER is set, services connect to every server through a PgBouncer in transaction mode. If TEST_PARTITIONED is
+set, the tables are shared out by user over partitions.
 """
 
 import os
@@ -16,7 +17,7 @@ import pytest
 from psycopg.rows import TupleRow
 
 from tests.support import pgbouncer
-from tests.support.databases import as_url, new_database
+from tests.support.databases import as_url, migrate, new_database
 from tests.support.fixtures import Create, Figure, Start
 from tests.support.postgres import admit_all_roles
 from tests.support.processes import postmaster_in, send, servers_in
@@ -64,6 +65,7 @@ def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the connection string of a database for this test process only; pytest runs two processes."""
     if given := os.environ.get("TEST_DATABASE_URL"):
         with new_database(given) as database:
+            migrate(database)
             yield database
     else:
         data_dir = tmp_path_factory.mktemp("data").resolve()
@@ -72,6 +74,7 @@ def conninfo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with psycopg.connect(superuser, autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")  # see tests/support/postgres.py
             connection.execute("SELECT pg_reload_conf()")
+        migrate(database)
         yield database
 
 

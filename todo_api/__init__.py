@@ -25,6 +25,7 @@ def create_app(settings: config.Settings | None = None) -> Flask:
         get_share=lambda: startup.connection_share(settings),
         pooler=settings.database_pooler,
         role=settings.database_role,
+        owner=settings.migration_database_url,
     )
 
     app.wsgi_app = middleware.RequestLog(middleware.Mount(app.wsgi_app, settings.url_prefix))

@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 _MIGRATE_TIMEOUT = 30
 
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
-# A forked process inherits these sets. So gunicorn's workers know what the master has done.
-_migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
+# A forked process inherits these. So gunicorn's workers know what the master has done.
+# By the connection strings of databases whose migrations are applied: the connection strings for the pool.
+_prepared: dict[str, str] = {}
 _shares: dict[str, int] = {}  # by DATABASE_URL, if its server allows too few connections: a worker's share of them
 _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
 # Each AUTH_JWKS that was checked at the start: a file that is replaced later stops no worker.
@@ -100,20 +101,21 @@ def prepare(settings: Settings) -> str:
     """
     with _locks.setdefault(settings.database_url or str(settings.data_dir), threading.Lock()):
         conninfo = ensure_server(settings)
-        if conninfo not in _migrated:
+        if conninfo not in _prepared:
             if settings.migration_database_url:
                 database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
             if settings.database_url and not settings.database_pooler:
                 _check_session_settings(conninfo)
             owner = settings.migration_database_url or conninfo
             role, pooler = settings.database_role, settings.database_pooler
+            suited = database.suited_to_citus(conninfo, role=role, pooler=pooler)
             database.make_role(conninfo, role, pooler=pooler, owner=owner)
             database.apply_migrations(owner)
             database.ensure_role(conninfo, role, pooler=pooler, owner=owner)
             if not settings.database_pooler:
                 _check_connection_limit(settings, conninfo)
-            _migrated.add(conninfo)
-        return conninfo
+            _prepared[conninfo] = suited
+        return _prepared[conninfo]
 
 
 def _check_session_settings(conninfo: str) -> None:

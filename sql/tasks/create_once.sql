@@ -1,8 +1,7 @@
 -- Creates a task, unless its idempotency key was used before, and returns the task as it was created.
 -- A retry returns this task again, even if it was changed or deleted in between. Returns no row if the key was used
 -- with another task. A key is kept for at least 24 hours; each run deletes up to 10 older keys of the same user. The
--- tables' owner can delete those of users who do not come back, for example once a day:
--- DELETE FROM idempotency_keys WHERE created_at < now() - interval '24 hours'
+-- keys of users who do not come back are cleared in the background: see sql/database/abandoned_keys.sql.
 --
 -- task             jsonb  as in create.sql
 -- idempotency_key  text   the key that the client chose for this request, 1 to 255 characters
@@ -13,7 +12,6 @@
 WITH
 given AS (
     SELECT
-        :'user_id'::text AS user_id,
         :'idempotency_key'::text AS key,
         :'task'::jsonb::new_task AS task,
         nextval(pg_get_serial_sequence('tasks', 'id')) AS task_id,
@@ -44,7 +42,7 @@ expired AS (
 kept AS (
     INSERT INTO idempotency_keys AS known (user_id, key, task, task_id, created_at)
     SELECT
-        given.user_id,
+        :'user_id'::text AS user_id,
         given.key,
         given.task,
         given.task_id,
@@ -59,7 +57,7 @@ created AS (
     OVERRIDING SYSTEM VALUE
     SELECT
         given.task_id,
-        given.user_id,
+        :'user_id'::text AS user_id,
         given.task ->> 'title' AS title,
         given.task ->> 'description' AS description,
         coalesce((given.task -> 'completed')::boolean, FALSE) AS completed,

@@ -10,8 +10,8 @@
 \if :{?if_match} \else \set if_match '{}' \endif
 DELETE FROM tasks
 WHERE
-    id = :'task_id'::bigint
-    AND user_id = :'user_id'::text
+    user_id = :'user_id'::text
+    AND id = :'task_id'::bigint
     AND (:'if_match'::bigint[] = '{}' OR version = any(:'if_match'::bigint[]))
 RETURNING
     id,

@@ -16,5 +16,5 @@ SELECT
     updated_at
 FROM tasks
 WHERE
-    id = :'task_id'::bigint
-    AND user_id = :'user_id'::text;
+    user_id = :'user_id'::text
+    AND id = :'task_id'::bigint;

@@ -12,11 +12,12 @@ UPDATE tasks
 SET
     completed = NOT completed,
     version = version + 1,
-    -- The clock may stand still or go back, but updated_at must increase.
-    updated_at = greatest(now(), updated_at + interval '1 microsecond')
+    -- The clock may stand still or go back, but updated_at must increase. A sum of times with time zone would depend on
+    -- the session's time zone, and Citus rejects that in SET.
+    updated_at = greatest(now(), (updated_at AT TIME ZONE 'UTC' + interval '1 microsecond') AT TIME ZONE 'UTC')
 WHERE
-    id = :'task_id'::bigint
-    AND user_id = :'user_id'::text
+    user_id = :'user_id'::text
+    AND id = :'task_id'::bigint
     AND (:'if_match'::bigint[] = '{}' OR version = any(:'if_match'::bigint[]))
 RETURNING
     id,

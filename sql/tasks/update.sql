@@ -43,15 +43,18 @@ SET
             compared.completed,
             CASE WHEN compared.differs THEN tasks.version + 1 ELSE tasks.version END AS version,
             CASE
-                -- The clock may stand still or go back, but updated_at must increase.
-                WHEN compared.differs THEN greatest(now(), tasks.updated_at + interval '1 microsecond')
+                -- As in toggle.sql.
+                WHEN compared.differs
+                    THEN greatest(
+                        now(), (tasks.updated_at AT TIME ZONE 'UTC' + interval '1 microsecond') AT TIME ZONE 'UTC'
+                    )
                 ELSE tasks.updated_at
             END AS updated_at
         FROM compared
     )
 WHERE
-    id = :'task_id'::bigint
-    AND user_id = :'user_id'::text
+    user_id = :'user_id'::text
+    AND id = :'task_id'::bigint
     AND (:'if_match'::bigint[] = '{}' OR version = any(:'if_match'::bigint[]))
 RETURNING
     id,

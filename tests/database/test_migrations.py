@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from urllib.parse import urlencode
 
 import psycopg
 import pytest
@@ -19,7 +18,7 @@ import yoyo
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
-from tests.support.databases import as_url, new_database
+from tests.support.databases import administrator, as_url, new_database, yoyo_url
 from tests.support.environment import ROOT, environment
 from tests.support.processes import wait_until
 from todo_api.config import StartError
@@ -169,6 +168,69 @@ def test_a_start_killed_during_a_migration_needs_no_repair(
     assert {"one", "two"} <= table_names(database)
 
 
+@pytest.fixture
+def older(database: str, tmp_path: Path) -> str:
+    """Return the connection string of a database with tasks, as the previous version has left it."""
+    folder = Path(shutil.copytree(statements.MIGRATIONS, tmp_path / "older"))
+    for path in [*folder.glob("0004*"), *folder.glob("0005*")]:
+        path.unlink()
+    assert migrations.apply(database, folder) == ALL_MIGRATIONS[:3]
+    query(database, FILL)
+    return database
+
+
+FILL = """
+    INSERT INTO tasks (user_id, title, completed)
+    SELECT 'user ' || n % 7, n, n % 2 = 0 FROM generate_series(1, 50000) AS n
+"""
+INDEXES = """
+    SELECT indexes.indexdef FROM pg_indexes AS indexes
+    WHERE indexes.tablename IN ('tasks', 'idempotency_keys') AND (SELECT bool_and(indisvalid) FROM pg_index)
+    ORDER BY indexes.indexname
+"""
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_a_start_killed_while_it_indexes_many_tasks_needs_no_repair(older: str, attempt: int, conninfo: str) -> None:
+    process = start_migrating(older)
+    time.sleep(attempt * 0.05 + random.uniform(0, 0.05))
+    process.kill()
+    process.join()
+    assert migrations.apply(older) in (ALL_MIGRATIONS[3:], [])
+    assert applied_migrations(older) == ALL_MIGRATIONS
+    assert query(older, "SELECT count(*), sum(version) FROM tasks") == [(50_000, 50_000)]
+    with new_database(conninfo) as new:
+        migrations.apply(new)
+        assert query(older, INDEXES) == query(new, INDEXES) != []
+
+
+BUILD = re.findall("-c '(CREATE [^']* CONCURRENTLY [^']*)'", (statements.SQL / "README.md").read_text(encoding="utf-8"))
+
+
+def test_indexes_that_were_built_before_are_used(older: str) -> None:
+    for command in BUILD:
+        query(older, command)
+    built = query(older, "SELECT oid FROM pg_class WHERE relname IN ('tasks_by_user', 'tasks_open_newest_first')")
+    assert len(built) == 2
+    assert migrations.apply(older) == ALL_MIGRATIONS[3:]
+    names = "SELECT oid FROM pg_class WHERE relname IN ('tasks_pkey', 'tasks_open_newest_first')"
+    assert set(query(older, names)) == set(built)
+
+
+def test_an_index_whose_build_was_interrupted_is_named(older: str) -> None:
+    for command in BUILD:
+        query(older, command)
+    with psycopg.connect(administrator(older)) as admin:
+        admin.execute("UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid = 'tasks_open_newest_first'::regclass")
+    assert error_message(older) == (
+        "migration 0005.index-tasks-by-user failed: the build of the index tasks_open_newest_first was interrupted: "
+        "drop the index"
+    )
+    assert applied_migrations(older) == ALL_MIGRATIONS[:3]
+    query(older, "DROP INDEX tasks_open_newest_first")
+    assert migrations.apply(older) == ALL_MIGRATIONS[3:]
+
+
 def test_a_stale_row_in_yoyos_lock_table_delays_no_start(database: str) -> None:
     query(database, "CREATE TABLE yoyo_lock (locked int PRIMARY KEY, ctime timestamp, pid int NOT NULL)")
     query(database, "INSERT INTO yoyo_lock VALUES (1, now(), 1)")
@@ -267,12 +329,6 @@ def test_yoyo_rolls_back_all_migrations_and_they_can_be_applied_again(database: 
     assert query(database, own_types_query) == []
     assert migrations.apply(database) == ALL_MIGRATIONS
     assert query(database, "SELECT * FROM tasks") == []
-
-
-def yoyo_url(database: str) -> str:
-    """Return a connection string as a URL that yoyo's command accepts."""
-    parts = {name: str(value) for name, value in conninfo_to_dict(database).items()}
-    return f"postgresql+psycopg://{parts.pop('user')}@/{parts.pop('dbname')}?{urlencode(parts)}"
 
 
 def test_a_user_id_without_a_passwd_entry_can_migrate(database: str) -> None:

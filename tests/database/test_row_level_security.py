@@ -16,7 +16,7 @@ import pytest
 from psycopg.rows import TupleRow
 
 from tests.support import pgbouncer
-from tests.support.databases import as_url, new_database
+from tests.support.databases import as_url, migrate, new_database
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
 from tests.support.optional_tools import program
@@ -24,7 +24,7 @@ from tests.support.problems import assert_problem
 from tests.support.service import Service
 from todo_api.api.pages import FIRST_CURSOR
 from todo_api.config import Settings
-from todo_api.database import Database, UnavailableError, apply_migrations, ensure_role, statements
+from todo_api.database import Database, UnavailableError, statements
 from todo_api.database.statements import Statement
 
 ROLE = Settings.database_role
@@ -38,8 +38,7 @@ FORGETFUL = [name for name, text in TEXTS.items() if CONDITION.search(text)]
 def database(conninfo: str) -> Iterator[str]:
     """Return the connection string of a database with the project's tables, and with the role."""
     with new_database(conninfo) as database:
-        apply_migrations(database)
-        ensure_role(database, ROLE, pooler=False, owner=database)
+        migrate(database, ROLE)
         yield database
 
 

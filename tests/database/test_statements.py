@@ -289,12 +289,22 @@ def test_rows_are_returned_as_json_objects_or_arrays(connection: psycopg.Connect
 
 def test_every_file_of_the_project_is_loaded_under_its_name() -> None:
     loaded = statements.load()
-    files = {path.relative_to(statements.SQL).with_suffix("").as_posix() for path in statements.SQL.glob("[!m]*/*.sql")}
+    files = {path.relative_to(statements.SQL).with_suffix("").as_posix() for path in statements.SQL.glob("[td]*/*.sql")}
     assert set(loaded) == files
     assert {f"tasks/{name}" for name in ("create", "delete", "get", "list", "toggle", "update")} <= files
     assert {name: "user_id" in loaded[name].parameters for name in files} == {
-        name: name.startswith("tasks/") or name == "database/identify" for name in files
+        name: name.startswith("tasks/") or name in {"database/clear_abandoned_keys", "database/identify"}
+        for name in files
     }
+
+
+@pytest.mark.parametrize("folder", ["migrations", "citus"])
+def test_files_for_yoyo_and_for_psql_only_are_not_loaded(folder: str, tmp_path: Path) -> None:
+    for name in ("tasks", folder):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tasks" / "good.sql").write_text("SELECT 1;\n", encoding="utf-8")
+    (tmp_path / folder / "several.sql").write_text("SELECT 1;\nSELECT :a;\n", encoding="utf-8")
+    assert set(statements.load(tmp_path)) == {"tasks/good"}
 
 
 def test_an_invalid_file_stops_the_loader(tmp_path: Path) -> None:

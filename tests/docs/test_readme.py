@@ -69,6 +69,7 @@ AS_USER = block("sql/README.md", "PGOPTIONS=")
 HAND_OVER = block("sql/README.md", "psql -X -v ON_ERROR_STOP=1 -1")
 MIGRATION = block("sql/README.md", "-- depends:", "sql")
 ROLLBACK = block("sql/README.md", "DO $$", "sql")
+BUILD = block("sql/README.md", 'psql -X -v ON_ERROR_STOP=1 "$DATABASE_URL"')
 APPLY = block("sql/README.md", ".venv/bin/flask migrate")
 ROLL_BACK = block("sql/README.md", ".venv/bin/yoyo rollback")
 PYTEST = [
@@ -289,6 +290,18 @@ def test_the_example_of_a_migration_can_be_applied_and_rolled_back(service: Serv
         assert "| place" in output(use, service, project, database="migrated")
         output(ROLL_BACK.replace("000N.add-place", name), service, project, database="migrated", folder=folder)
         assert '"body_has_only_known_members"' in shell(use, service, project, database="migrated").stderr
+
+
+def test_indexes_can_be_built_before_their_migration(service: Service, project: Path) -> None:
+    admit_all_roles(project / ".data" / "postgres", postmaster_in(project / ".data"))
+    output(f"createdb -h '{project}/.data/postgres' -U postgres -O todo indexed", service, project)
+    output(APPLY, service, project, database="indexed")
+    output(ROLL_BACK.replace("000N.add-place", "0005.index-tasks-by-user"), service, project, database="indexed")
+    output(BUILD, service, project, database="indexed")
+    output(APPLY, service, project, database="indexed")
+    described = output("psql -X -c '\\d tasks' $DATABASE_URL", service, project, database="indexed")
+    assert '"tasks_pkey" PRIMARY KEY, btree (user_id, id)' in described
+    assert '"tasks_open_newest_first" btree' in described
 
 
 # ---- .deploy/README.md

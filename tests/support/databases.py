@@ -12,6 +12,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.support import pgbouncer
 from tests.support.environment import POOLER
+from todo_api.database import apply_migrations, ensure_role
+
+PARTITIONED = bool(os.environ.get("TEST_PARTITIONED"))
+PARTITIONS = 8
+TABLES = "idempotency_keys", "tasks"
 
 
 def as_url(conninfo: str) -> str:
@@ -21,9 +26,50 @@ def as_url(conninfo: str) -> str:
     return f"postgresql://?{urlencode(conninfo_to_dict(conninfo), quote_via=quote)}"
 
 
+def yoyo_url(conninfo: str) -> str:
+    """Return a connection string as a URL that yoyo's command accepts."""
+    parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
+    return f"postgresql+psycopg://{parts.pop('user')}@/{parts.pop('dbname')}?{urlencode(parts)}"
+
+
 def administrator(conninfo: str) -> str:
     """Return the connection string of a role that may create databases: the embedded server's role may not."""
     return conninfo if os.environ.get("TEST_DATABASE_URL") else make_conninfo(conninfo, user="postgres")
+
+
+def migrate(conninfo: str, role: str = "todo_app", *, partitioned: bool = PARTITIONED) -> None:
+    """Prepare an empty database as a start does. If TEST_PARTITIONED is set, share its tables out over partitions."""
+    apply_migrations(conninfo)
+    if partitioned:
+        partition(conninfo)
+    ensure_role(conninfo, role, pooler=False, owner=conninfo)
+
+
+def partition(conninfo: str) -> None:
+    """Replace the tables, which must be empty, by tables with the same columns, keys and policies, but partitioned."""
+    with psycopg.connect(conninfo) as owner:
+        owner.execute("CREATE SCHEMA whole")
+        for name in TABLES:
+            table = sql.Identifier(name)
+            owner.execute(sql.SQL("ALTER TABLE {} SET SCHEMA whole").format(table))
+            owner.execute(
+                sql.SQL("CREATE TABLE {0} (LIKE whole.{0} INCLUDING ALL) PARTITION BY HASH (user_id)").format(table)
+            )
+            for number in range(PARTITIONS):
+                owner.execute(
+                    sql.SQL("CREATE TABLE {} PARTITION OF {} FOR VALUES WITH (MODULUS {}, REMAINDER {})").format(
+                        sql.Identifier(f"{name}_{number}"), table, PARTITIONS, number
+                    )
+                )
+            owner.execute(sql.SQL("ALTER TABLE {} ENABLE ROW LEVEL SECURITY").format(table))
+        policies = owner.execute("SELECT policyname, tablename, qual FROM pg_policies WHERE schemaname = 'whole'")
+        for policy, name, condition in policies.fetchall():
+            owner.execute(
+                sql.SQL("CREATE POLICY {} ON {} USING ({})").format(
+                    sql.Identifier(policy), sql.Identifier(name), sql.SQL(condition)
+                )
+            )
+        owner.execute("DROP SCHEMA whole CASCADE")
 
 
 @contextmanager

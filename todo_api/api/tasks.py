@@ -111,6 +111,7 @@ def create_task(task: dict[str, Any]) -> Response:
         created = database.fetch_json(
             "tasks/create_once", user_id=current_user(), task=json.dumps(task), idempotency_key=key
         )
+        database.clear_abandoned_keys()
     else:
         raise MalformedRequest(f"Idempotency-Key must have 1 to {MAX_KEY_LENGTH} characters")
     created = created or abort(422)

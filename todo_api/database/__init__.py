@@ -12,6 +12,8 @@ from weakref import WeakSet
 import psycopg
 
 from todo_api.database import statements
+from todo_api.database.abandoned_keys import AbandonedKeys
+from todo_api.database.citus import suited as suited_to_citus
 from todo_api.database.connection import Query, Values, connection_limit, has_session_settings
 from todo_api.database.errors import (
     InvalidValueError,
@@ -43,6 +45,7 @@ __all__ = [
     "has_session_settings",
     "libpq_variables",
     "make_role",
+    "suited_to_citus",
 ]
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Database:
         *,
         pooler: bool,
         role: str,
+        owner: str = "",
         get_share: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Load the statements, without connecting to the database.
@@ -68,6 +72,7 @@ class Database:
         thread, or is not asked yet.
         ``pooler`` is true if the connection string leads to a pooler in transaction mode, such as PgBouncer.
         ``role`` is the role that statements run as, for which row-level security holds; '' for the login role.
+        ``owner`` is the connection string of the tables' owner, if that is another one.
 
         Raises:
             StatementError: the files in sql/ are invalid.
@@ -77,6 +82,7 @@ class Database:
         self._role = role
         self._missing: dict[str, str] = {}  # statements for which the database lacks something, and what it lacks
         self.pool = Pool(get_conninfo, get_share, pooler=pooler)
+        self._abandoned_keys = AbandonedKeys(lambda: owner or get_conninfo())
         _databases.add(self)
 
     def fetch_json(self, name: str, **parameters: Any) -> bytes | None:
@@ -104,6 +110,10 @@ class Database:
         statement = self._statements[name]
         values = self._fetch(name, statement.rows_json, parameters) or ()
         return list(values[::2]), sum(map(int, values[1::2]))
+
+    def clear_abandoned_keys(self) -> None:
+        """Clear the idempotency keys of users who do not come back, in the background and not at each call."""
+        self._abandoned_keys.clear()
 
     def _fetch(self, name: str, sql: bytes, parameters: dict[str, Any]) -> Values | None:
         query = sql, self._statements[name].values(parameters)

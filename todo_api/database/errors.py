@@ -35,7 +35,7 @@ _TRANSLATIONS: list[tuple[type[psycopg.Error], type[UnavailableError | InvalidVa
 ]
 
 
-def first_line(error: psycopg.Error) -> str:
+def first_line(error: Exception) -> str:
     """Return the message of an error without its details, which can contain data."""
     return str(error).partition("\n")[0]
 

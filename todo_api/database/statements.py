@@ -14,6 +14,7 @@ from pathlib import Path
 
 from todo_api.database.errors import InvalidValueError
 
+_OTHERS = "migrations/", "citus/"  # the folders that yoyo and psql read
 SQL = Path(__file__).resolve().parents[2] / "sql"
 MIGRATIONS = SQL / "migrations"
 
@@ -174,11 +175,7 @@ def load(folder: Path = SQL) -> dict[str, Statement]:
 
     """
     files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.sql"))}
-    found = {
-        name: parse(name, _text_of(name, path))
-        for name, path in files.items()
-        if not name.startswith("migrations/")  # yoyo reads these
-    }
+    found = {name: parse(name, _text_of(name, path)) for name, path in files.items() if not name.startswith(_OTHERS)}
     if not found:
         raise StatementError(f"{folder} has no .sql file")
     return found
