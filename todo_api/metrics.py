@@ -61,9 +61,7 @@ class _Block:
         self._sums = memoryview(self._memory).cast("d")
         self._lock = Lock()
         # The word with the first count of each series. The worker that had this block before has left its series.
-        self._series = {
-            labels: _first_word(index) for index, labels, _, _ in _series_in(memoryview(self._memory).tobytes())
-        }
+        self._series = {labels: _first_word(index) for index, labels, _, _ in _series_in(_contents(descriptor, number))}
         self.set_gauges()
         self._counts[_USED] = 1
 
@@ -81,7 +79,7 @@ class _Block:
             if labels in self._series:
                 return self._series[labels]
         start = _SERIES_SIZE * (1 + count)
-        self._memory[start : start + len(key)] = key
+        self._memory[start : start + _KEY_SIZE] = key.ljust(_KEY_SIZE, b"\0")
         self._counts[_SERIES] = count + 1  # after the key, so that a reader finds complete series only
         self._series[labels] = _first_word(count)
         return self._series[labels]
@@ -157,9 +155,7 @@ class Metrics:
             if (not self._block or number != self._block.number) and self._lock(number):
                 os.pwrite(self._descriptor, bytes(4 * _WORD), start + _SIZE * _WORD)
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
-            head = os.pread(self._descriptor, _SERIES_SIZE, start)
-            (count,) = struct.unpack_from("Q", head, _SERIES * _WORD)
-            yield head + os.pread(self._descriptor, _SERIES_SIZE * count, start + _SERIES_SIZE)
+            yield _contents(self._descriptor, number)
 
     def _lock(self, number: int) -> bool:
         """Try to lock a block for this process, and return whether nobody else has locked it."""
@@ -168,6 +164,13 @@ class Metrics:
         except BlockingIOError:
             return False
         return True
+
+
+def _contents(descriptor: int, number: int) -> bytes:
+    """Return the part of a block that is in use. Reading it as mapped memory would allocate the rest of it too."""
+    head = os.pread(descriptor, _SERIES_SIZE, _offset(number))
+    (count,) = struct.unpack_from("Q", head, _SERIES * _WORD)
+    return head + os.pread(descriptor, _SERIES_SIZE * count, _offset(number) + _SERIES_SIZE)
 
 
 def _series_in(data: bytes) -> Iterator[tuple[int, Labels, list[int], float]]:

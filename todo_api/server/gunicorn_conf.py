@@ -95,7 +95,7 @@ def on_starting(server: Any) -> None:
     if not server.master_pid and not _systemd_sockets():
         for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
             if isinstance(address, tuple):
-                _wait_for_port(*address, "HOST and PORT, or --bind")
+                _wait_for_port(*address, names="HOST and PORT, or --bind")
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)
@@ -116,7 +116,7 @@ def _open_metrics_port(cfg: Any, port: int) -> None:
         startup.fail("METRICS_PORT and the port of --bind must be different ports")
     inherited = take_variable(_INHERITED)
     if not inherited:
-        _wait_for_port(_settings.host, port, "HOST and METRICS_PORT")
+        _wait_for_port(_settings.host, port, names="HOST and METRICS_PORT")
     try:
         _metrics_ports.append(metrics_port.open_port(_settings.host, port, inherited))
     except (AttributeError, OSError) as error:
@@ -193,7 +193,8 @@ def _check_addresses(cfg: Any) -> None:
     """
     activated = _systemd_sockets()  # they replace --bind
     addresses = range(systemd.SD_LISTEN_FDS_START, systemd.SD_LISTEN_FDS_START + activated) or cfg.address
-    for address in addresses:
+    metrics = [(_settings.host, _settings.metrics_port)] if _settings.metrics_port else []
+    for address in (*addresses, *metrics):
         name = _name_of(address) if isinstance(address, int) else address
         if isinstance(name, tuple) and not is_loopback(name[0]):
             startup.fail(
@@ -259,7 +260,7 @@ def _drain_on_sigterm(server: Any) -> None:
     signal.signal(signal.SIGALRM, lambda _number, frame: stop(signal.SIGTERM, frame))
 
 
-def _wait_for_port(host: str, port: int, names: str) -> None:
+def _wait_for_port(host: str, port: int, *, names: str) -> None:
     """Wait until a port is free. If it is not free after 3 s, end the process, before a database is started in vain.
 
     The workers of a service that was just killed may hold the port for another second.
