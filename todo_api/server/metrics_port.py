@@ -23,7 +23,6 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from todo_api import database
 from todo_api.api import problems
@@ -52,7 +51,7 @@ class _Figures(Collector):
         durations = HistogramMetricFamily(
             "todo_api_http_request_duration_seconds", "Time from a request to its response.", labels=_LABELS
         )
-        bounds = [floatToGoString(bound) for bound in (*BOUNDS, float("inf"))]
+        bounds = [*map(str, BOUNDS), "+Inf"]
         for labels, (counts, seconds) in sorted(figures.requests.items()):
             cumulative = list(accumulate(counts))
             requests.add_metric(labels, cumulative[-1])
