@@ -330,7 +330,7 @@ def test_requests_that_wait_for_a_connection_are_seen(begin: Begin, postgres: Po
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ([], r"cannot listen on 127.0.0.1, port {taken} \(HOST and METRICS_PORT\): Address already in use"),
+        ([], r"cannot listen on 127.0.0.1, port {taken} \(HOST and METRICS_PORT\): Address already in use.*"),
         (["--bind", "127.0.0.1:{taken}"], "METRICS_PORT and the port of --bind must be different ports"),
     ],
     ids=["in use", "of --bind"],

@@ -248,7 +248,7 @@ def _drain_on_sigterm(server: Any) -> None:
 
     def drain(number: int, frame: Any) -> None:
         is_master = os.getpid() == server.pid  # a worker has this handler until it sets its own
-        if not is_master or draining.is_active() or server.reexec_pid or server.master_pid:
+        if not is_master or draining.is_active() or _shares_its_port(server):
             stop(number, frame)
             return
         draining.begin()
@@ -258,6 +258,11 @@ def _drain_on_sigterm(server: Any) -> None:
 
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGALRM, lambda _number, frame: stop(signal.SIGTERM, frame))
+
+
+def _shares_its_port(server: Any) -> bool:
+    """Return whether SIGUSR2 has started another service, or another one has started this one, and both run."""
+    return bool(server.reexec_pid or (server.master_pid and server.master_pid == os.getppid()))
 
 
 def _wait_for_port(host: str, port: int, *, names: str) -> None:
