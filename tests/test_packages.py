@@ -22,7 +22,10 @@ PROJECT_IMPORTS = {
     "todo_api.tokens": {"todo_api.config", "todo_api.tokens"},
     "todo_api.api": {"todo_api.api", "todo_api.database", "todo_api.config", "todo_api.tokens"},
     "todo_api.startup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.tokens"},
-    "todo_api.commands": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
+    "todo_api.backup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
+    "todo_api.commands": {
+        *("todo_api.backup", "todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"),
+    },
     "todo_api": {
         *("todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.startup"),
         "todo_api.tokens",
@@ -49,7 +52,7 @@ LIBRARIES = {
     "psutil": {"todo_api.embedded"},
     "environs": {"todo_api.config"},
     "dotenv": {"todo_api.config"},
-    "subprocess": {"todo_api.commands", "todo_api.embedded"},
+    "subprocess": {"todo_api.backup", "todo_api.commands", "todo_api.embedded"},
 }
 SQL_WORDS = re.compile(r"\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE TABLE|ALTER|DROP|BEGIN|COMMIT)\b")
 

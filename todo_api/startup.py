@@ -7,13 +7,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from todo_api import config, database, embedded, tokens
 from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # Seconds for which flask migrate repeats an attempt to connect that times out. A start does not repeat it.
 # _CONNECT_TIMEOUTS in database/connection.py limits each attempt.
@@ -150,24 +153,28 @@ def connection_share(settings: Settings) -> int | None:
     return _shares.get(settings.database_url)
 
 
-def prepare_patiently(settings: Settings) -> None:
-    """Prepare the database. If it does not respond, keep trying for half a minute: a hosted one may have to wake up.
+def patiently(call: Callable[[], Result]) -> Result:
+    """Return the result of a call that connects to the database.
+
+    If the database does not respond, keep trying for half a minute: a hosted one may have to wake up.
 
     Raises:
-        StartError: the database cannot be prepared until a person changes something.
-        UnavailableError: the database cannot be reached.
+        SilentError: the database does not respond.
 
     """
     deadline = time.monotonic() + _MIGRATE_TIMEOUT
     while True:
         try:
-            prepare(settings)
+            return call()
         except database.SilentError as error:
             if time.monotonic() > deadline:
                 raise
             log.warning("the database does not respond yet: %s", _first_line(error))
-        else:
-            return
+
+
+def prepare_patiently(settings: Settings) -> str:
+    """Prepare the database as ``prepare`` does, patiently."""
+    return patiently(lambda: prepare(settings))
 
 
 def prepare_or_fail(settings: Settings) -> None:

@@ -12,6 +12,8 @@ from weakref import WeakSet
 import psycopg
 
 from todo_api.database import statements
+from todo_api.database.backup import Contents, program_parameters, restore, snapshot
+from todo_api.database.backup import check as check_backup
 from todo_api.database.connection import Query, Values, connection_limit, has_session_settings
 from todo_api.database.errors import (
     InvalidValueError,
@@ -30,12 +32,14 @@ from todo_api.database.url import asks_for_tls, check_url, libpq_variables
 
 __all__ = [
     "SEPARATOR",
+    "Contents",
     "Database",
     "InvalidValueError",
     "SilentError",
     "UnavailableError",
     "apply_migrations",
     "asks_for_tls",
+    "check_backup",
     "check_url",
     "connection_limit",
     "ensure_role",
@@ -43,6 +47,9 @@ __all__ = [
     "has_session_settings",
     "libpq_variables",
     "make_role",
+    "program_parameters",
+    "restore",
+    "snapshot",
 ]
 
 log = logging.getLogger(__name__)

@@ -83,8 +83,8 @@ def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
     parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
     if shown := sorted(_SECRETS & parts.keys() - names.keys()):
         raise StartError(
-            f"flask psql cannot pass {shown[0]} of DATABASE_URL to psql without showing it to other users of the "
-            "machine: run psql with a service file"
+            f"{shown[0]} of the database's URL cannot be passed to PostgreSQL's programs without showing it to other "
+            "users of the machine: set it in a service file (PGSERVICEFILE)"
         )
     variables = {names[name].decode(): value for name, value in parts.items() if name in names}
     return variables, make_conninfo("", **{name: value for name, value in parts.items() if name not in names})

@@ -5,8 +5,10 @@ The Python code of that package is not used, because it is not safe enough for p
 
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -64,6 +66,36 @@ class Programs:
         if done.returncode not in _PING_RESULTS:
             raise StartError(f"pg_isready does not run: {' '.join(done.stderr.split())}")
         return done.returncode
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that connects to a PostgreSQL or reads its files, such as pg_dump, and its version."""
+
+    path: str
+    version: tuple[int, ...]  # such as (18, 6)
+
+    def __str__(self) -> str:
+        """Return its path and its version."""
+        return f"{self.path} ({'.'.join(map(str, self.version))})"
+
+
+def clients(name: str, folder: Path | None) -> Iterator[Client]:
+    """Return the programs of a name: that in a folder, those of the system, and that of the package."""
+    folders = [*([folder] if folder else []), *os.get_exec_path()]
+    with suppress(StartError):
+        folders.append(_package_folder())
+    for searched in map(str, folders):
+        path = shutil.which(name, path=searched)
+        # Without a client package, Debian's programs are scripts that fail.
+        if path and (found := re.search(r"\(PostgreSQL\) (\d+)\.?(\d*)", _output([path, "--version"]))):
+            yield Client(path, tuple(int(part) for part in found.groups() if part))
+
+
+def _output(command: Sequence[str]) -> str:
+    with suppress(StartError):
+        return _call(command).stdout
+    return ""
 
 
 def succeeds(command: Sequence[str]) -> bool:
