@@ -23,8 +23,18 @@ PROJECT_IMPORTS = {
     "todo_api.api": {"todo_api.api", "todo_api.database", "todo_api.config", "todo_api.tokens"},
     "todo_api.startup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.tokens"},
     "todo_api.backup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
+    "todo_api.checks": {
+        *("todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup", "todo_api.tokens"),
+    },
     "todo_api.commands": {
-        *("todo_api.backup", "todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"),
+        *(
+            "todo_api.backup",
+            "todo_api.checks",
+            "todo_api.config",
+            "todo_api.database",
+            "todo_api.embedded",
+            "todo_api.startup",
+        ),
     },
     "todo_api": {
         *("todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.startup"),

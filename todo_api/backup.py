@@ -47,7 +47,7 @@ def write(settings: Settings, file: Path, progress: Progress) -> str:
         os.fsync(descriptor)
         size = unfinished.stat().st_size
         _publish(unfinished, file)
-    return f"{snapshot.rows}, {size:,} bytes"
+    return f"{snapshot.tasks}, {size:,} bytes"
 
 
 def restore(settings: Settings, file: Path, progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""The commands of ``flask``: migrate, psql, backup and restore. flask-smorest adds ``flask openapi``."""
+"""The commands of ``flask``: migrate, check, psql, backup and restore. flask-smorest adds ``flask openapi``."""
 
 import signal
 import subprocess
@@ -11,13 +11,13 @@ import click
 from flask import Flask
 
 from todo_api import backup as backups
-from todo_api import config, database, embedded, startup
+from todo_api import checks, config, database, embedded, startup
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 
-def init_app(app: Flask, settings: config.Settings) -> None:
-    """Add the commands to ``flask``."""
+def init_app(app: Flask, settings: config.Settings, version: str) -> None:
+    """Add the commands to ``flask``. ``version`` is that of the service."""
 
     @app.cli.command()
     def migrate() -> None:
@@ -25,6 +25,16 @@ def init_app(app: Flask, settings: config.Settings) -> None:
         with _ends_in_one_line():
             startup.prepare_patiently(settings)
         click.echo("The database is up to date.")
+
+    @app.cli.command()
+    def check() -> None:
+        """Show how the service and its database are, one line each. The exit status is 1 if something is wrong."""
+        with _ends_in_one_line():
+            failed = False
+            for finding in checks.run(settings, version):
+                click.echo(finding)
+                failed |= not finding.is_ok
+        raise SystemExit(failed)
 
     @app.cli.command()
     @_FILE

@@ -22,6 +22,9 @@ Result = TypeVar("Result")
 # _CONNECT_TIMEOUTS in database/connection.py limits each attempt.
 _MIGRATE_TIMEOUT = 30
 
+# If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
+_FAILED = 3
+
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
 _migrated: set[str] = set()  # the connection strings of databases whose migrations are applied
@@ -31,15 +34,14 @@ _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be 
 _checked: set[str] = set()
 
 
-def fail(reason: object) -> NoReturn:
+def fail(reason: object, status: int = _FAILED) -> NoReturn:
     """End the process with one line on standard error; line breaks in the reason become spaces."""
     sys.stderr.write(f"todo_api: {' '.join(str(reason).split())}\n")
-    # If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
-    raise SystemExit(3)
+    raise SystemExit(status)
 
 
-def load_settings() -> Settings:
-    """Return the settings, or end the process if they cannot be read or one of them is invalid."""
+def load_settings(status: int = _FAILED) -> Settings:
+    """Return the settings, or end the process with a status if they cannot be read or one of them is invalid."""
     _open_standard_streams()
     try:
         Path.cwd()
@@ -52,7 +54,7 @@ def load_settings() -> Settings:
             _checked.add(settings.auth_jwks)
         _ensure_temporary_folder(settings)
     except StartError as error:
-        fail(error)
+        fail(error, status)
     return settings
 
 
@@ -106,8 +108,7 @@ def prepare(settings: Settings) -> str:
         if conninfo not in _migrated:
             if settings.migration_database_url:
                 database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
-            if settings.database_url and not settings.database_pooler:
-                _check_session_settings(conninfo)
+            check_session_settings(settings)
             owner = settings.migration_database_url or conninfo
             role, pooler = settings.database_role, settings.database_pooler
             database.make_role(conninfo, role, pooler=pooler, owner=owner)
@@ -119,8 +120,17 @@ def prepare(settings: Settings) -> str:
         return conninfo
 
 
-def _check_session_settings(conninfo: str) -> None:
-    if not database.has_session_settings(conninfo):
+def check_session_settings(settings: Settings) -> None:
+    """Check that DATABASE_URL leads to no pooler in transaction mode, unless DATABASE_POOLER says so.
+
+    Raises:
+        StartError: it does.
+        UnavailableError: the database cannot be reached.
+
+    """
+    if not settings.database_url or settings.database_pooler:
+        return
+    if not database.has_session_settings(settings.database_url):
         raise StartError(
             "DATABASE_URL leads to a pooler that ignores or rejects session settings: set DATABASE_POOLER=true"
         )
@@ -133,9 +143,14 @@ def _most_connections(settings: Settings) -> int:
     return 2 * settings.web_concurrency * (settings.web_threads + 1) + 20
 
 
+def needed_connections(settings: Settings) -> int:
+    """Return how many connections the service keeps, one for each thread of each worker."""
+    return settings.web_concurrency * settings.web_threads
+
+
 def _check_connection_limit(settings: Settings, conninfo: str) -> None:
     """Log a warning if the service may need more connections than the server allows, and share them out."""
-    needed = settings.web_concurrency * settings.web_threads
+    needed = needed_connections(settings)
     if needed > (limit := database.connection_limit(conninfo)):
         log.warning(
             "%d workers with %d threads each need %d database connections, but the server allows %d: "

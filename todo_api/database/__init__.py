@@ -24,11 +24,14 @@ from todo_api.database.errors import (
     translated,
 )
 from todo_api.database.migrations import apply as apply_migrations
+from todo_api.database.migrations import pending as pending_migrations
 from todo_api.database.pool import Pool
+from todo_api.database.role import check as check_role
 from todo_api.database.role import ensure as ensure_role
 from todo_api.database.role import make as make_role
+from todo_api.database.server import server_of
 from todo_api.database.statements import SEPARATOR
-from todo_api.database.url import asks_for_tls, check_url, libpq_variables
+from todo_api.database.url import asks_for_tls, check_url, libpq_variables, without_secrets
 
 __all__ = [
     "SEPARATOR",
@@ -40,6 +43,7 @@ __all__ = [
     "apply_migrations",
     "asks_for_tls",
     "check_backup",
+    "check_role",
     "check_url",
     "connection_limit",
     "ensure_role",
@@ -47,9 +51,12 @@ __all__ = [
     "has_session_settings",
     "libpq_variables",
     "make_role",
+    "pending_migrations",
     "program_parameters",
     "restore",
+    "server_of",
     "snapshot",
+    "without_secrets",
 ]
 
 log = logging.getLogger(__name__)

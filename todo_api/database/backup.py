@@ -40,7 +40,7 @@ class Snapshot:
 
     name: str
     tables: list[str]  # their names, quoted as in SQL
-    rows: str  # their number, in words
+    tasks: str  # their number, in words
     major: int  # the version of the server
     is_encrypted: bool  # whether the connection uses TLS
 
@@ -102,7 +102,7 @@ def _snapshot(connection: NetworkConnection, known: MigrationList) -> Snapshot:
     return Snapshot(
         name=_value(connection, "export_snapshot"),
         tables=_visible_tables(connection),
-        rows=_in_words(*_counts(connection)),
+        tasks=_counted(int(_value(connection, "task_count")), "task"),
         major=connection.info.server_version // 10_000,
         is_encrypted=connection.pgconn.ssl_in_use,
     )
@@ -121,7 +121,11 @@ def _counts(connection: psycopg.Connection[TupleRow]) -> tuple[int, int]:
 
 
 def _in_words(tasks: int, keys: int) -> str:
-    return f"{tasks} task{'s' * (tasks != 1)} and {keys} idempotency key{'s' * (keys != 1)}"
+    return f"{_counted(tasks, 'task')} and {_counted(keys, 'idempotency key')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _value(connection: psycopg.Connection[TupleRow], name: str, **parameters: object) -> str:

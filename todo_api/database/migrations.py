@@ -82,6 +82,29 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
         return apply_pending(backend, migrations)
 
 
+def pending(conninfo: str) -> tuple[int, list[str]]:
+    """Return the number of applied migrations and the names of the pending ones, without changing anything.
+
+    Raises:
+        StartError: a migration was edited after it was applied, or the database has an unknown one.
+        UnavailableError: the database cannot be reached.
+
+    """
+    known = read()
+    applied: dict[str, str | None] = {}
+    try:
+        with NetworkConnection.connect(conninfo, autocommit=True, prepare_threshold=None) as connection:
+            applied = dict(run(connection, "applied_migrations").fetchall())
+    except psycopg.OperationalError as error:
+        raise unreachable(error) from error
+    except psycopg.errors.UndefinedTable:
+        pass  # none is applied
+    except psycopg.Error as error:
+        raise StartError(f"the record of the migrations cannot be read: {first_line(error)}") from error
+    check_applied(applied, known)
+    return len(applied), [migration.id for migration in known if migration.id not in applied]
+
+
 @contextmanager
 def locked(conninfo: str, failure: str = "the migrations cannot be applied") -> Iterator[_Backend]:
     """Run a block in one transaction, while no other process migrates the database, and yield yoyo's backend for it.

@@ -55,6 +55,16 @@ def with_defaults(conninfo: str, options: str = "", **defaults: str | int) -> st
     return make_conninfo(conninfo, **settings)
 
 
+def without_secrets(conninfo: str) -> str:
+    """Return a connection string or URL as a connection string in which the secrets are hidden."""
+    try:
+        parts = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        return "invalid"  # any part of it may be the password
+    hidden = dict.fromkeys(parts.keys() & {"password", *_SECRETS}, "***")
+    return make_conninfo("", **(parts | hidden))
+
+
 def asks_for_tls(conninfo: str) -> bool:
     """Return whether a connection string, a service file or libpq's environment variables require TLS."""
     # With sslrootcert=system, libpq sets sslmode=verify-full.

@@ -33,6 +33,8 @@ from todo_api.embedded.programs import Programs
 
 log = logging.getLogger(__name__)
 
+VERSIONS = programs.VERSIONS
+
 _NAME = "todo"  # the name of the role that the service logs in as, and of the database that this role owns
 _SUPERUSER = "postgres"  # the name of the superuser, and of a database that every cluster has
 # Run by psql, as the superuser.

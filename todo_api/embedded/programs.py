@@ -18,7 +18,7 @@ from todo_api.config import StartError
 
 _NEEDED = ("postgres", "initdb", "createuser", "createdb", "pg_isready", "psql")
 _PING_RESULTS = range(4)
-_OLDEST, _NEWEST = 15, 18
+VERSIONS = range(15, 19)  # the major versions that are supported
 # PostgreSQL gets nothing of the service's environment: no secrets, no libpq variables of another server. With this
 # locale its messages are in English.
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}
@@ -144,9 +144,10 @@ def _check(folder: Path, source: str) -> Programs:
     version = re.search(r"\(PostgreSQL\) (\d+)", done.stdout)
     if not version:
         raise StartError(f"{source}: {folder / 'postgres'} does not run: {' '.join(done.stderr.split())}")
-    if not _OLDEST <= int(version[1]) <= _NEWEST:
+    if int(version[1]) not in VERSIONS:
         raise StartError(
-            f"{source}: {folder} has PostgreSQL {version[1]}; the versions {_OLDEST} to {_NEWEST} are supported"
+            f"{source}: {folder} has PostgreSQL {version[1]}; the versions {VERSIONS[0]} to {VERSIONS[-1]} are "
+            "supported"
         )
     return Programs(folder, int(version[1]))
 
