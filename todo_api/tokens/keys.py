@@ -106,12 +106,13 @@ def check(source: str) -> int:
         StartError: there is none, or the key set cannot be fetched or read.
 
     """
+    shown = source.partition("?")[0] if "://" in source else source  # a query may have a password
     try:
         found = load(source)
     except KeySetError as error:
-        raise StartError(f"AUTH_JWKS: {source}: {error}") from error
+        raise StartError(f"AUTH_JWKS: {shown}: {error}") from error
     if not found:
-        raise StartError(f"AUTH_JWKS: {source}: it has no key that can be used")
+        raise StartError(f"AUTH_JWKS: {shown}: it has no key that can be used")
     return len(found)
 
 
