@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 from yoyo.migrations import MigrationList
 
@@ -39,6 +40,7 @@ class Snapshot:
     """The database at one moment, for other sessions too as long as the block of ``snapshot`` runs."""
 
     name: str
+    conninfo: str  # leads to the server that has the snapshot, even if a name or a list leads to several servers
     tables: list[str]  # their names, quoted as in SQL
     tasks: str  # their number, in words
     major: int  # the version of the server
@@ -80,7 +82,7 @@ def snapshot(conninfo: str) -> Iterator[Snapshot]:
     try:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
-        found = _snapshot(connection, known)
+        found = _snapshot(conninfo, connection, known)
     except psycopg.OperationalError as error:
         raise unreachable(error) from error
     except psycopg.errors.InsufficientPrivilege as error:
@@ -95,28 +97,31 @@ def snapshot(conninfo: str) -> Iterator[Snapshot]:
         connection.close()
 
 
-def _snapshot(connection: NetworkConnection, known: MigrationList) -> Snapshot:
-    run(connection, "no_timeouts")
-    applied = run(connection, "applied_migrations").fetchall()
+def _snapshot(conninfo: str, connection: NetworkConnection, known: MigrationList) -> Snapshot:
+    run(connection, "database/no_timeouts")
+    applied = run(connection, "database/applied_migrations").fetchall()
     migrations.check_applied(dict(applied), known)
     return Snapshot(
-        name=_value(connection, "export_snapshot"),
+        name=_value(connection, "database/export_snapshot"),
+        conninfo=make_conninfo(
+            conninfo, host=connection.info.host, hostaddr=connection.info.hostaddr, port=connection.info.port
+        ),
         tables=_visible_tables(connection),
-        tasks=_counted(int(_value(connection, "task_count")), "task"),
+        tasks=_counted(int(_value(connection, "database/task_count")), "task"),
         major=connection.info.server_version // 10_000,
         is_encrypted=connection.pgconn.ssl_in_use,
     )
 
 
 def _visible_tables(connection: psycopg.Connection[TupleRow]) -> list[str]:
-    found = run(connection, "backup_tables").fetchall()
+    found = run(connection, "database/backup_tables").fetchall()
     if hidden := [name for name, is_hidden in found if is_hidden]:
         raise StartError(f"row-level security hides rows of {' and '.join(hidden)} from the role: {_OWNER}")
     return [name for name, _ in found]
 
 
 def _counts(connection: psycopg.Connection[TupleRow]) -> tuple[int, int]:
-    [(tasks, keys)] = run(connection, "row_counts").fetchall()
+    [(tasks, keys)] = run(connection, "database/row_counts").fetchall()
     return tasks, keys
 
 
@@ -175,17 +180,18 @@ def restore(
     known = migrations.read()
     with migrations.locked(conninfo, "the backup cannot be restored") as backend:
         connection = backend.connection
-        run(connection, "no_timeouts")
+        run(connection, "database/no_timeouts")
         migrations.apply_pending(backend, known)
         _visible_tables(connection)
-        run(connection, "lock_tables")
+        run(connection, "database/lock_tables")
         if any(counts := _counts(connection)):
             raise StartError(f"the database already has {_in_words(*counts)}: restore into an empty database")
         migrations.roll_back(backend, known, contents.migrations)
         next_id = _load(connection, script, progress)
         migrations.apply_pending(backend, known)
         counts = _counts(connection)
-        run(connection, "continue_ids", next_id=next_id)  # last, because a rollback does not undo it
+        run(connection, "database/analyze_tables")
+        run(connection, "database/continue_ids", next_id=next_id)  # last, because a rollback does not undo it
     return _in_words(*counts)
 
 
@@ -196,7 +202,9 @@ def _load(connection: psycopg.Connection[TupleRow], script: Iterable[bytes], pro
         if isinstance(part, int):
             next_id = part
         elif part.table != _BOOKKEEPING:
-            [(command,)] = run(connection, "copy_command", name=part.table, columns=json.dumps(part.columns)).fetchall()
+            [(command,)] = run(
+                connection, "database/copy_command", name=part.table, columns=json.dumps(part.columns)
+            ).fetchall()
             if not command:
                 raise StartError(f"the file has a table {part.table} or columns of it that this service does not have")
             with connection.cursor().copy(command.encode()) as copy:

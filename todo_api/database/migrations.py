@@ -65,7 +65,13 @@ class _Backend(PostgresqlPsycopgBackend):
         self.mark_one(migration, log=False)
         # yoyo's own log_migration fails for a user without a passwd entry, and may wait for a name server.
         checksum = _checksum(migration)
-        run(self.connection, "log_migration", migration_id=migration.id, checksum=checksum, hostname=gethostname())
+        run(
+            self.connection,
+            "database/log_migration",
+            migration_id=migration.id,
+            checksum=checksum,
+            hostname=gethostname(),
+        )
 
 
 def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
@@ -94,7 +100,7 @@ def pending(conninfo: str) -> tuple[int, list[str]]:
     applied: dict[str, str | None] = {}
     try:
         with NetworkConnection.connect(conninfo, autocommit=True, prepare_threshold=None) as connection:
-            applied = dict(run(connection, "applied_migrations").fetchall())
+            applied = dict(run(connection, "database/applied_migrations").fetchall())
     except psycopg.OperationalError as error:
         raise unreachable(error) from error
     except psycopg.errors.UndefinedTable:
@@ -119,8 +125,8 @@ def locked(conninfo: str, failure: str = "the migrations cannot be applied") -> 
     try:
         with _Backend(conninfo) as backend, backend.transaction():
             _check_encoding(backend.connection)
-            run(backend.connection, "migration_isolation")
-            run(backend.connection, "migration_lock")
+            run(backend.connection, "database/migration_isolation")
+            run(backend.connection, "database/migration_lock")
             internalmigrations.upgrade(backend)
             yield backend
     except psycopg.OperationalError as error:
@@ -141,7 +147,7 @@ def apply_pending(backend: _Backend, migrations: MigrationList) -> list[str]:
         StartError: a migration was edited after it was applied, or fails, or the database has an unknown one.
 
     """
-    check_applied(dict(run(backend.connection, "applied_migrations").fetchall()), migrations)
+    check_applied(dict(run(backend.connection, "database/applied_migrations").fetchall()), migrations)
     pending = backend.to_apply(migrations)
     for migration in pending:
         backend.apply_one(migration)
@@ -211,6 +217,6 @@ def _checksum(migration: Migration) -> str:
 
 
 def run(connection: psycopg.Connection[TupleRow], name: str, /, **parameters: object) -> psycopg.Cursor[TupleRow]:
-    """Run a statement of sql/database on a connection of psycopg, and return its cursor."""
-    sql, values = statements.load()[f"database/{name}"].query(**parameters)
+    """Run a statement of sql/ on a connection of psycopg, and return its cursor."""
+    sql, values = statements.load()[name].query(**parameters)
     return psycopg.RawCursor(connection).execute(sql, [value.decode() for value in values])

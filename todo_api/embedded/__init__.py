@@ -199,7 +199,7 @@ def psql(postgres_bin: Path | None = None) -> str:
 
 
 def exists(data_dir: Path) -> bool:
-    """Return whether a start has created a cluster in a folder, or would find something else there."""
+    """Return whether a start finds a cluster in a folder, or something else in its place."""
     return os.path.lexists(data_dir / "postgres")
 
 
