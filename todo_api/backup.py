@@ -1,5 +1,6 @@
 """Writes a backup to a file, and restores it, with pg_dump and pg_restore."""
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -15,6 +16,8 @@ from todo_api.config import Settings, StartError
 # A backup that is not complete has a name with these. If its process is killed, the next backup into the same folder
 # removes it.
 _PREFIX, _SUFFIX = ".todo_api-", ".unfinished"
+# Errors of file systems that have no fsync for folders.
+_WITHOUT_FSYNC = {errno.EBADF, errno.EINVAL}
 _INTERVAL = 0.5  # seconds between two calls of progress
 
 Progress = Callable[[str], None]
@@ -32,10 +35,9 @@ def write(settings: Settings, file: Path, progress: Progress) -> str:
     if os.path.lexists(file):
         raise StartError(f"{file} exists already, and a backup overwrites nothing: choose another name")
     with _named_errors(file), _unfinished(file.parent) as (unfinished, descriptor):
-        owner = _direct_url(settings)
-        with database.snapshot(owner) as snapshot:
+        with database.snapshot(_direct_url(settings)) as snapshot:
             pg_dump = embedded.pg_dump(settings.postgres_bin, snapshot.major, needs_tls=snapshot.is_encrypted)
-            variables, rest = database.program_parameters(owner)
+            variables, rest = database.program_parameters(snapshot.conninfo)
             config.set_libpq_variables(variables)
             command = [
                 *(pg_dump, "--format=custom", "--data-only", "--encoding=UTF8", f"--snapshot={snapshot.name}"),
@@ -67,7 +69,7 @@ def restore(settings: Settings, file: Path, progress: Progress) -> str:
         command = [pg_restore, "--data-only", "--file=-", str(file)]
         file.open("rb").close()
         contents = _contents(file, command)
-        owner = _owner_url(settings)
+        owner, _ = _owner_url(settings)
         with _output(command) as script:
             loaded = _Percentage(contents.size, progress)
             return database.restore(owner, contents, script, loaded.show)
@@ -113,12 +115,16 @@ def _contents(file: Path, command: list[str]) -> database.Contents:
         raise StartError(f"{file} cannot be restored: {error}") from error
 
 
-def _owner_url(settings: Settings) -> str:
-    """Return the connection string of the role that owns the tables, and start the embedded server if necessary."""
+def _owner_url(settings: Settings) -> tuple[str, bool]:
+    """Return the connection string of the role that owns the tables, and whether it leads to PostgreSQL itself.
+
+    Before that, start an embedded server, or wait until a hosted one has woken up.
+    """
     conninfo = startup.ensure_server(settings)
     if settings.migration_database_url:
         database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
-    return settings.migration_database_url or conninfo
+    owner = settings.migration_database_url or conninfo
+    return owner, startup.patiently(lambda: database.has_session_settings(owner))
 
 
 def _direct_url(settings: Settings) -> str:
@@ -128,8 +134,8 @@ def _direct_url(settings: Settings) -> str:
     """
     if not settings.database_url and not embedded.exists(settings.data_dir):
         raise StartError(f"there is no PostgreSQL in {settings.data_dir} to back up: check DATA_DIR")
-    owner = _owner_url(settings)
-    if settings.database_url and not startup.patiently(lambda: database.has_session_settings(owner)):
+    owner, is_direct = _owner_url(settings)
+    if not is_direct:
         name = "MIGRATION_DATABASE_URL" if settings.migration_database_url else "DATABASE_URL"
         raise StartError(
             f"{name} leads to a pooler, through which pg_dump does not work: set MIGRATION_DATABASE_URL to the URL of "
@@ -178,6 +184,10 @@ def _publish(unfinished: Path, file: Path) -> None:
     folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _WITHOUT_FSYNC:
+            file.unlink()  # it may be lost if the power fails
+            raise
     finally:
         os.close(folder)
 
