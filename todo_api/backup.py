@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,12 +63,10 @@ def restore(settings: Settings, file: Path, progress: Progress) -> str:
     """
     file = _absolute(file)
     with _named_errors(file):
-        if not file.is_file():
-            file.open("rb").close()  # says what is wrong, unless it is a pipe or a device
+        if not stat.S_ISREG(file.stat().st_mode):
             raise StartError(f"{file} is not a file")
-        pg_restore = embedded.pg_restore(settings.postgres_bin)
-        command = [pg_restore, "--data-only", "--file=-", str(file)]
-        file.open("rb").close()
+        file.open("rb").close()  # may fail
+        command = [embedded.pg_restore(settings.postgres_bin), "--data-only", "--file=-", str(file)]
         contents = _contents(file, command)
         owner, _ = _owner_url(settings)
         with _output(command) as script:

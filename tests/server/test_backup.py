@@ -373,7 +373,7 @@ def damaged_files(backup: Path, database: str, folder: Path) -> dict[Path, str]:
     dumps = {
         "foreign": (["--table=strange"], "not a backup of this service"),
         "more than rows": (["--data-only", "--inserts", *ours], "more than the rows"),
-        "in another encoding": (["--data-only", "--encoding=LATIN1", *ours], "more than the rows"),
+        "in another encoding": (["--data-only", "--encoding=LATIN1", ours[0]], "more than the rows"),
         "newer": (["--data-only", *ours], "migration 9999.newer, which sql/migrations lacks"),
     }
     for name, (arguments, reason) in dumps.items():
@@ -388,7 +388,13 @@ def damaged_files(backup: Path, database: str, folder: Path) -> dict[Path, str]:
         command = [str(BIN / "pg_dump"), "-Fc", "--data-only", f"--file={folder / name}", *arguments, database]
         subprocess.run(command, check=True)
         found[folder / name] = reason
-    return found | {folder / "missing": "No such file or directory", folder: "Is a directory"}
+    os.mkfifo(folder / "pipe")
+    no_files = {
+        folder / "missing": "No such file or directory",
+        folder: "is not a file",
+        folder / "pipe": "is not a file",
+    }
+    return found | no_files
 
 
 def test_a_file_that_is_no_complete_backup_changes_nothing(
