@@ -27,6 +27,8 @@ from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.optional_tools import program
 from tests.support.processes import children, postmaster_in, servers_in, wait_until
+from todo_api import backup as backups
+from todo_api.config import Settings, StartError
 from todo_api.database import apply_migrations, statements
 
 SPECIAL = "tab\t\\. \\N \u2028 \r\n\\.\n\x01 'quote' \U0001f95b é"
@@ -136,8 +138,8 @@ def test_a_restored_service_goes_on_where_it_was(
     restored = start(DATABASE_URL=as_url(empty), USER_ID="alice").wait()
     after = restored.client.get("/api/tasks")
     assert (after.content, after.headers["ETag"]) == (before.content, before.headers["ETag"])
-    assert restored.client.post("/api/tasks", json={"title": "once"}, headers=key).json() == created.json()
     assert restored.client.post("/api/tasks", json={"title": "next"}).json()["id"] == 7
+    assert restored.client.post("/api/tasks", json={"title": "once"}, headers=key).json() == created.json()
     assert restored.client.post("/api/tasks/2/toggle").json()["version"] == 8
     done = flask("check", DATABASE_URL=as_url(empty))
     assert (done.returncode, "row-level security holds" in done.stdout) == (0, True), done.stdout
@@ -186,7 +188,7 @@ def test_a_backup_is_consistent_while_clients_write(database: str, empty: str, t
     assert new_id > largest
 
 
-@pytest.mark.parametrize("number", range(1, len(MIGRATIONS) + 1))
+@pytest.mark.parametrize("number", range(1, len(MIGRATIONS)))
 def test_a_backup_of_an_older_version_is_restored_and_migrated(
     number: int, conninfo: str, empty: str, tmp_path: Path
 ) -> None:
@@ -227,7 +229,7 @@ def test_tables_in_another_schema_and_in_partitions_are_backed_up(database: str,
     schema = 'od"d Schema'
     with psycopg.connect(database) as db:
         name = sql.Identifier(schema)
-        db.execute("CREATE TABLE parts (LIKE idempotency_keys) PARTITION BY HASH (user_id)")
+        db.execute("CREATE TABLE parts (LIKE idempotency_keys INCLUDING DEFAULTS) PARTITION BY HASH (user_id)")
         for number in range(2):
             db.execute(
                 sql.SQL("CREATE TABLE {} PARTITION OF parts FOR VALUES WITH (MODULUS 2, REMAINDER {})").format(
@@ -250,7 +252,7 @@ def test_tables_in_another_schema_and_in_partitions_are_backed_up(database: str,
 
 
 def test_the_file_can_have_any_name_and_only_its_owner_can_read_it(database: str, empty: str, tmp_path: Path) -> None:
-    for name in ("a b", "-Fp", "two\nlines", "é" * 127, "ü'\"$(x)"):
+    for name in ("-F p", "two\n'\"$(x)", "é" * 127):
         file = tmp_path / name
         script = 'umask 0; cd "$0" && exec "$@"'
         command = ["sh", "-c", script, str(tmp_path), *FLASK[:-1], str(ROOT / "wsgi.py")]
@@ -262,7 +264,7 @@ def test_the_file_can_have_any_name_and_only_its_owner_can_read_it(database: str
         done = subprocess.run([*command, "restore", "--", name], env=variables, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
         query(empty, "WITH keys AS (DELETE FROM idempotency_keys) DELETE FROM tasks RETURNING 1")
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_backup_overwrites_nothing_and_says_what_is_wrong_with_a_name(database: str, tmp_path: Path) -> None:
@@ -321,10 +323,12 @@ def test_a_backup_that_is_interrupted_leaves_no_file_of_that_name(
     assert [path.name for path in tmp_path.iterdir()] == ["backup"]
 
 
+@pytest.mark.long
 def test_a_backup_that_gets_no_lock_ends_with_one_line(database: str, tmp_path: Path) -> None:
     with transaction(database, "LOCK TABLE idempotency_keys"):
         text = message(flask("backup", tmp_path / "backup", DATABASE_URL=as_url(database)))
-    assert "lock timeout" in text
+    assert "timeout" in text
+    assert "LOCK TABLE public._yoyo_migration" in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -401,8 +405,9 @@ def test_a_file_that_is_no_complete_backup_changes_nothing(
     backup: Path, database: str, empty: str, tmp_path: Path
 ) -> None:
     for file, reason in damaged_files(backup, database, tmp_path).items():
-        text = message(flask("restore", file, DATABASE_URL=as_url(empty)))
-        assert reason in text, (file.name, text)
+        with pytest.raises(StartError) as raised:  # not on a command line, which would take a second for each file
+            backups.restore(Settings(database_url=as_url(empty)), file, print)
+        assert reason in str(raised.value), file.name
         assert tables_in(empty) == [], file.name
 
 
