@@ -26,7 +26,20 @@ PROJECT_IMPORTS = {
     "todo_api.startup": {
         *("todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.logs", "todo_api.tokens"),
     },
-    "todo_api.commands": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
+    "todo_api.backup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
+    "todo_api.checks": {
+        *("todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup", "todo_api.tokens"),
+    },
+    "todo_api.commands": {
+        *(
+            "todo_api.backup",
+            "todo_api.checks",
+            "todo_api.config",
+            "todo_api.database",
+            "todo_api.embedded",
+            "todo_api.startup",
+        ),
+    },
     "todo_api": {
         *("todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.metrics"),
         *("todo_api.startup", "todo_api.tokens"),
@@ -54,7 +67,7 @@ LIBRARIES = {
     "psutil": {"todo_api.embedded"},
     "environs": {"todo_api.config"},
     "dotenv": {"todo_api.config"},
-    "subprocess": {"todo_api.commands", "todo_api.embedded"},
+    "subprocess": {"todo_api.backup", "todo_api.commands", "todo_api.embedded"},
 }
 SQL_WORDS = re.compile(r"\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE TABLE|ALTER|DROP|BEGIN|COMMIT)\b")
 

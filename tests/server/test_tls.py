@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.test_commands import FLASK
+from tests.support.commands import FLASK, flask, message
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.optional_tools import missing, program
@@ -96,6 +96,22 @@ def broken_psql(tmp_path: Path) -> Path:
 def test_a_psql_that_fails_is_not_used(broken_psql: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(broken_psql))
     assert embedded.psql() == str(programs.find(None).folder / "psql")
+
+
+def test_a_backup_over_tls_needs_a_pg_dump_with_tls_and_a_restore_does_not(
+    relay: TlsRelay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    url = f"postgresql://postgres@localhost:{relay.port}/postgres?sslmode="
+    assert flask("migrate", DATABASE_URL=f"{url}disable").returncode == 0
+    done = flask("backup", tmp_path / "backup", DATABASE_URL=f"{url}disable")
+    assert done.returncode == 0, done.stderr
+    for mode in ("require", "prefer"):  # the connection of the service uses TLS with both
+        text = message(flask("backup", tmp_path / "other", DATABASE_URL=f"{url}{mode}"))
+        assert "there is no pg_dump for a server of PostgreSQL 18 with TLS" in text
+    assert not (tmp_path / "other").exists()
+    done = flask("restore", tmp_path / "backup", DATABASE_URL=f"{url}require")
+    assert (done.returncode, done.stdout) == (0, "The backup is restored: 0 tasks and 0 idempotency keys.\n")
 
 
 @pytest.mark.parametrize("rest", ["sslmode=require", "sslrootcert=system"])
