@@ -58,7 +58,7 @@ class Settings:
 
     @property
     def local_only(self) -> bool:
-        """Return whether only programs on this machine are served, because nothing asks who is calling."""
+        """Return whether only programs on this machine are served, because nothing authenticates the clients."""
         return not (self.auth_jwks or self.allow_anonymous)
 
 

@@ -1,5 +1,6 @@
--- Makes the rest of the transaction run as a role, for a user. Row-level security then shows and changes only the rows
--- of this user. It travels in front of every other statement of the service, in the same transaction.
+-- Makes the rest of the transaction run as a role, for a user. Statements then see and change only the rows of this
+-- user. Unless DATABASE_ROLE is empty, the service sends this file's statement before each statement for a request, in
+-- the same transaction.
 --
 -- role     text  the role, which owns no table; the service takes it from DATABASE_ROLE
 -- user_id  text  the user; '' for nobody, who has no rows

@@ -1,6 +1,6 @@
--- Returns the commands that are still to be run so that the role of this session can work as another role, which owns
--- nothing and has only the rights that the statements in tasks/ need. Returns '' if there are none, or if the other
--- role is too powerful: a superuser, a role of PostgreSQL's own, or one for which row-level security does not hold.
+-- Returns the commands that are still needed for the role of this session to work as another role. They grant that role
+-- only the rights that the statements in tasks/ need. Returns '' if there are none, or if the other role is too
+-- powerful: a superuser, a role of PostgreSQL's own, or one for which row-level security does not hold.
 --
 -- role       text     the other role; the service takes it from DATABASE_ROLE (default in psql: todo_app)
 -- only_role  boolean  true for the commands that make the role, without those for the tables (default in psql: false)

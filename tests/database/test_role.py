@@ -56,7 +56,7 @@ Login = Callable[[str], str]
 
 @pytest.fixture
 def login(admin: psycopg.Connection[TupleRow], conninfo: str, new_role: NewRole) -> Iterator[Login]:
-    """Return a function that creates a role that may log in, and returns the URL of an empty database that it owns."""
+    """Return a function that creates a login role with an empty database, and returns its connection string."""
     with ExitStack() as databases:
 
         def create(attributes: str) -> str:
@@ -173,7 +173,7 @@ def test_a_role_that_bypasses_row_level_security_is_refused(
 ) -> None:
     role = new_role(attributes)
     for conninfo in (login(""), login("SUPERUSER")):
-        with pytest.raises(StartError, match="set DATABASE_ROLE to a role that may be created") as refused:
+        with pytest.raises(StartError, match="set DATABASE_ROLE to the name of a new role") as refused:
             ensure(conninfo, role)
         assert "\n" not in str(refused.value)
     members = admin.execute("SELECT count(*) FROM pg_auth_members WHERE roleid = %s::text::regrole", [f'"{role}"'])

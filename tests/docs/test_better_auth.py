@@ -48,7 +48,7 @@ class BetterAuth:
         self.url = f"http://localhost:{self.port}"
 
     def with_port(self, text: str) -> str:
-        """Return a text of the README, whose port another program may use, with the port of this issuer."""
+        """Return a text of the README with the port of this issuer: another program may use port 3000."""
         return text.replace("localhost:3000", f"localhost:{self.port}")
 
     def settings(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ SURROUNDINGS = {
 
 
 def as_role(cluster: Path, role: str) -> str:
-    """Return a connection string for a role, as whose database only the superuser's is sure to exist."""
+    """Return a connection string for a role, with the only database that is sure to exist, postgres."""
     return f"host={cluster} port=5432 user={role} dbname=postgres"
 
 
@@ -152,7 +152,7 @@ def between_two_renames(rules: Path) -> None:
 
 
 def before_the_reload(rules: Path) -> None:
-    """Leave the last rules, but a server that still has those before them."""
+    """Leave the last rules, and a server that has not read them yet."""
     rules.write_bytes(rules.with_name("closed").read_bytes())
 
 
@@ -206,7 +206,7 @@ def test_a_database_that_was_dropped_is_created_again(data_dir: Path, start: Sta
 def test_a_powerful_role_is_refused_and_not_granted(role: str, data_dir: Path, start: Start) -> None:
     service = start(DATA_DIR=data_dir, DATABASE_ROLE=role)
     assert service.process.wait(timeout=120) == 3
-    assert "set DATABASE_ROLE to a role that may be created" in service.log()
+    assert "set DATABASE_ROLE to the name of a new role" in service.log()
     service = start(DATA_DIR=data_dir).wait()
     try_role = [str(BIN / "psql"), f"--command=SET ROLE {role}", as_role(data_dir / "postgres", "todo")]
     assert "permission denied to set role" in output(try_role)

@@ -1,4 +1,4 @@
-"""The addresses on which the service listens: without tokens and ALLOW_ANONYMOUS, only its own machine reaches it."""
+"""The addresses on which the service listens: without tokens or ALLOW_ANONYMOUS, only its own machine reaches it."""
 
 import socket
 import sys
@@ -29,7 +29,10 @@ os.execv(command[0], command)
 
 
 def own_address() -> str:
-    """Return an address of this machine that other machines can reach. A client that uses it has it, too."""
+    """Return an address of this machine that other machines can reach.
+
+    A client on this machine that connects to it has the same address.
+    """
     found = [address for listed in psutil.net_if_addrs().values() for address in listed]
     addresses = [address.address for address in found if address.family == socket.AF_INET]
     return next((address for address in addresses if not address.startswith("127.")), "") or missing("no network")

@@ -88,7 +88,7 @@ def assert_invalid(response: httpx.Response) -> None:
 
 
 class Later(float):
-    """A number of seconds. As a claim, it is the time so many seconds after the token is made."""
+    """A number of seconds. As a claim, it is added to the time at which the token is made."""
 
 
 def with_claim(name: str, value: object) -> str:
@@ -302,7 +302,7 @@ def test_one_response_for_all_reasons(tokens: Service) -> None:
     assert all(found == headers[0] for found in headers)
 
 
-def test_a_token_stops_to_count_30_seconds_after_its_exp(tokens: Service) -> None:
+def test_a_token_is_invalid_30_seconds_after_its_exp(tokens: Service) -> None:
     token = FIRST.token(exp=int(time.time()) - 26)
     assert call(tokens, token).status_code == 200
     deadline = time.monotonic() + 60
@@ -426,7 +426,7 @@ def create(client: httpx.Client, title: str, **headers: str) -> Json:
     return task
 
 
-def test_each_user_sees_only_the_own_tasks(users: tuple[httpx.Client, httpx.Client]) -> None:
+def test_each_user_sees_only_their_own_tasks(users: tuple[httpx.Client, httpx.Client]) -> None:
     for client, name in zip(users, ("alice", "bob"), strict=True):
         assert create(client, name)["user_id"] == name
     for client, name in zip(users, ("alice", "bob"), strict=True):
@@ -434,7 +434,7 @@ def test_each_user_sees_only_the_own_tasks(users: tuple[httpx.Client, httpx.Clie
 
 
 @pytest.mark.parametrize("if_match", [None, "*", '"1"', '"2"', 'W/"1"', "invalid"])
-def test_the_task_of_somebody_else_is_one_that_does_not_exist(
+def test_another_users_task_gets_the_404_of_a_missing_one(
     users: tuple[httpx.Client, httpx.Client], if_match: str | None
 ) -> None:
     alice, bob = users
@@ -458,7 +458,7 @@ def test_the_same_idempotency_key_of_two_users_makes_two_tasks(users: tuple[http
     assert made[0]["id"] != made[1]["id"]
 
 
-def test_a_service_with_tokens_and_one_without_leave_the_tasks_of_each_other(
+def test_a_service_with_tokens_and_one_without_share_no_tasks(
     users: tuple[httpx.Client, httpx.Client], client: httpx.Client
 ) -> None:
     alice, bob = users

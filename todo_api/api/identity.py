@@ -16,8 +16,8 @@ _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE
 def init_app(app: Flask, user_id: str, verify: Callable[[str], str] | None) -> None:
     """Register the hooks that find out who asks.
 
-    If there is a function to ``verify`` tokens, every request under /api needs a token. That includes routes that are
-    added later, and URLs that do not exist. If there is none, ``user_id`` is the user of every request.
+    With ``verify``, every request under /api except OPTIONS needs a token, also for routes that are added later and
+    URLs that do not exist. Without it, ``user_id`` is the user of every request.
     """
 
     @app.before_request

@@ -20,7 +20,7 @@ _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 _OWN_SITE = {"same-origin", "none"}  # "none": the user did it, not a page
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
-_STRANGER = "Without tokens and ALLOW_ANONYMOUS, the service serves only its own machine"
+_STRANGER = "Without tokens or ALLOW_ANONYMOUS, the service serves only its own machine"
 
 _ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 _ORIGIN = re.compile(r"(https?)://(.*)", re.IGNORECASE | re.ASCII)
@@ -37,7 +37,7 @@ def init_app(app: Flask, settings: Settings) -> None:
         environ = request.environ  # once, because each use of "request" looks it up
         if "HTTP_HOST" not in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             raise BadRequest("HTTP/1.1 requires a Host header")
-        # With our settings, gunicorn listens on loopback addresses only. Another server may not.
+        # With our settings, gunicorn listens on loopback addresses only. Another server may listen on other addresses.
         if settings.local_only and not _is_loopback(_client(environ)) and not _is_health_check():
             abort(421, _STRANGER)
         if checks_hosts and not _is_own_host(environ, settings.trusted_hosts) and not _is_health_check():
@@ -63,7 +63,7 @@ def _is_own_host(environ: "WSGIEnvironment", trusted: tuple[str, ...]) -> bool:
 
 
 def _is_of_another_origin(environ: "WSGIEnvironment", allowed: tuple[str, ...]) -> bool:
-    """Return whether a browser says that a page of another origin sends the request, which CORS does not allow.
+    """Return whether a page of another origin, which CORS does not allow, sends the request, according to the browser.
 
     Browsers set both headers themselves. They send Sec-Fetch-Site only to https, localhost and loopback addresses.
     """
@@ -79,7 +79,7 @@ def _is_of_another_origin(environ: "WSGIEnvironment", allowed: tuple[str, ...]) 
 def _is_own_origin(origin: str, authority: str) -> bool:
     """Return whether an origin has the host and the port of a request.
 
-    The scheme is not compared: a proxy may do the TLS. So a port that the request does not name is the default one of
+    The scheme is not compared: a proxy may do the TLS. So if the request names no port, it has the default port of
     the origin's scheme.
     """
     match = _ORIGIN.fullmatch(origin)
@@ -91,7 +91,7 @@ def _is_own_origin(origin: str, authority: str) -> bool:
 
 
 def _authority(environ: "WSGIEnvironment") -> str:
-    """Return the host and the port for which a request is: the Host, or those in its target (RFC 9112, section 3.2.2).
+    """Return the requested host and port: those in the target if it is a URL, otherwise Host (RFC 9112, section 3.2.2).
 
     WSGI has no variable for the target. gunicorn and Werkzeug call it RAW_URI.
     """
@@ -105,7 +105,10 @@ def _authority(environ: "WSGIEnvironment") -> str:
 
 @lru_cache(maxsize=64)  # with both caches, the checks of a request take 1 µs, and 14 µs without them
 def _host_and_port(authority: str) -> tuple[str, str]:
-    """Return the host, as ``normal_host`` returns it, and the port. Both are empty if they are invalid or not there."""
+    """Return the host, as ``normal_host`` returns it, and the port.
+
+    A missing port is ''. Both are '' if the authority is invalid.
+    """
     match = _AUTHORITY.fullmatch(authority)
     return (normal_host(match[1]), match[2] or "") if match else ("", "")
 

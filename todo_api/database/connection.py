@@ -243,7 +243,7 @@ class Connection(NetworkConnection):
             if result.status not in _SUCCESS:
                 raise _error(result)
         if not results or results.pop().status != _SYNC:
-            raise psycopg.OperationalError("the connection broke before the commit")
+            raise psycopg.OperationalError("the connection broke before the commit was confirmed")
         if self._unreplicated:
             self._unreplicated = False
             raise Unreplicated("the wait for a synchronous standby was cancelled")

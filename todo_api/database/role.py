@@ -1,6 +1,7 @@
 """Makes the role that statements run as, and checks that row-level security holds for it.
 
-The tables' owner sees every row. So the service logs in as any role, and works as another one, which owns nothing.
+The tables' owner sees every row. So the service logs in as one role, and runs statements as another one, which owns
+nothing.
 """
 
 import logging
@@ -86,9 +87,9 @@ def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: boo
                 time.sleep(pause)
             except psycopg.errors.InsufficientPrivilege as error:
                 raise StartError(
-                    f"row-level security needs the role {role}, and this start may not make it ({first_line(error)}): "
-                    f"let an administrator run in this database: {commands}; or set DATABASE_ROLE to nothing, and the "
-                    "statements alone keep users apart"
+                    f"row-level security needs the role {role}, and this start may not create it or run its grants "
+                    f"({first_line(error)}): let an administrator run in this database: {commands}; or set "
+                    "DATABASE_ROLE to an empty value, and only the statements keep users apart"
                 ) from error
         raise StartError(f"row-level security: other processes change the role {role} all the time: {commands}")
 
@@ -102,14 +103,14 @@ def _explained(role: str) -> Iterator[None]:
         raise unreachable(error) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise StartError(
-            f"the login role may not work as the role {role} of DATABASE_ROLE, for which row-level security may not "
-            "hold: set DATABASE_ROLE to a role that may be created"
+            f"the login role has no right to use the role {role} of DATABASE_ROLE, which may bypass row-level "
+            "security: set DATABASE_ROLE to the name of a new role"
         ) from error
     except psycopg.errors.UndefinedTable as error:
         raise StartError(
             f"the role {role} of DATABASE_ROLE does not find the tables ({first_line(error)}), perhaps because the "
-            "search_path of the login role has its own schema: put the schema's name there, or set DATABASE_ROLE to "
-            "nothing"
+            'login role finds them through "$user": '
+            "put the schema's name on its search_path, or set DATABASE_ROLE to an empty value"
         ) from error
     except psycopg.Error as error:
         raise StartError(f"the role {role} of DATABASE_ROLE cannot be used: {first_line(error)}") from error
@@ -128,7 +129,7 @@ def _check(connection: Connection, role: str) -> None:
     if role and not holds:
         raise StartError(
             f"row-level security does not hold for the role {role}, because it owns the tables, is a superuser or has "
-            "BYPASSRLS: set DATABASE_ROLE to a role that may be created"
+            "BYPASSRLS: set DATABASE_ROLE to the name of a new role"
         )
     if holds and not role:
         raise StartError(

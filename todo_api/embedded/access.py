@@ -35,7 +35,7 @@ def allow(cluster: Path, *roles: str) -> None:
 
 
 def is_allowed_only(cluster: Path, *roles: str) -> bool:
-    """Return whether the server lets only these roles log in, if it has started since the file was written."""
+    """Return whether the file lets only these roles log in. The server may not have read it yet."""
     return _text_of(_file_of(cluster)) == _rules(roles)
 
 

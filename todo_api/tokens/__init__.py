@@ -1,7 +1,7 @@
 """Verifies JSON Web Tokens (RFC 7519) of an issuer such as Better Auth, with the public keys of the issuer.
 
 This package knows no Flask, no gunicorn and no requests of clients. Other packages use only the names in
-``__all__``. Without AUTH_JWKS, nothing of it runs, and neither PyJWT nor cryptography is imported.
+``__all__``. Without AUTH_JWKS, the package does nothing, and neither PyJWT nor cryptography is imported.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ __all__ = [
 def create_verifier(settings: Settings) -> Callable[[str], str] | None:
     """Return the function that verifies a token and returns its user's id, or None without AUTH_JWKS.
 
-    The function raises InvalidTokenError or KeysUnavailableError. Nothing is fetched before its first call.
+    The function raises InvalidTokenError or KeysUnavailableError. Nothing is fetched before its first call or
+    ``start_fetching()``.
     """
     if not settings.auth_jwks:
         return None

@@ -14,8 +14,8 @@ from urllib.request import getproxies, proxy_bypass
 from todo_api.tokens.errors import KeySetError
 
 MAX_BYTES = 64 * 1024
-_TIMEOUT = 5.0  # seconds for the whole fetch
-_CONNECT_TIMEOUT = 2.0  # seconds for an address of the host, or for the TLS handshake; another address may work
+_TIMEOUT = 5.0  # seconds for the whole fetch; a lookup of the host and attempts to connect are not cut short
+_CONNECT_TIMEOUT = 2.0  # seconds to connect to one address, so that the next one is tried; also for the TLS handshake
 _HTTPS_PORT = 443
 _HTTP_PORT = 80
 
@@ -39,7 +39,7 @@ def fetch(url: str) -> bytes:
                 response = connection.getresponse()
                 body = response.read(MAX_BYTES + 1)
     except HTTPException as error:
-        raise KeySetError(f"the response is not HTTP ({type(error).__name__})") from error
+        raise KeySetError(f"the response is invalid or incomplete ({type(error).__name__})") from error
     except (OSError, ValueError) as error:
         raise KeySetError(str(error) or type(error).__name__) from error
     if time.monotonic() > started + _TIMEOUT:

@@ -1,4 +1,7 @@
-"""Keeps the keys of the issuer up to date. One thread in each process fetches them; requests hardly wait for it."""
+"""Keeps the keys of the issuer up to date.
+
+One thread in each process fetches them; requests wait for it half a second at most.
+"""
 
 import logging
 import os
@@ -19,7 +22,7 @@ _REFRESH = 300.0  # seconds between two fetches
 _RETRY = 10.0  # seconds after a fetch that failed
 _RETRY_WITHOUT_KEYS = 1.0  # seconds
 _PAUSE = 10.0  # seconds between two fetches that requests ask for; each request could name an unknown key
-_KEPT = 24 * 3600.0  # seconds for which the keys count if the issuer is away
+_KEPT = 24 * 3600.0  # seconds for which the keys stay valid if the issuer is away
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +133,7 @@ class KeySet:
             self._keys = None
             self._log("the key set has no key that can be used", "requests with a token fail")
             return _RETRY_WITHOUT_KEYS
-        self._log("", "the keys of tokens are there again")
+        self._log("", "the keys of tokens are available again")
         return _REFRESH
 
     def _log(self, failure: str, text: str) -> None:

@@ -42,7 +42,7 @@ class Key:
 
 
 class Keys:
-    """The keys of a key set, and the tokens that they have verified. Other keys must verify these tokens again."""
+    """The keys of a key set, and the tokens that they have verified. A changed key set must verify them again."""
 
     def __init__(self, listed: list[Key]) -> None:
         """Create it without verified tokens."""
@@ -156,7 +156,7 @@ def _key(jwk: Any, allowed: dict[tuple[object, object], tuple[str, ...]]) -> Key
     if not algorithms:
         raise UnusableKeyError("its kty, crv and alg are not those of an accepted algorithm")
     if jwk.get("use", "sig") != "sig" or not _may_verify(jwk.get("key_ops", ["verify"])):
-        raise UnusableKeyError("its use or its key_ops is another one than to verify signatures")
+        raise UnusableKeyError("its use or its key_ops does not allow it to verify signatures")
     if not isinstance(kid := jwk.get("kid"), str | None):
         raise UnusableKeyError("its kid is not a string")
     if "d" in jwk:

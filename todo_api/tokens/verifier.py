@@ -31,7 +31,7 @@ class Verifier:
         """Return the id of the user whose token this is.
 
         Raises:
-            InvalidTokenError: the token is not one of the issuer for this audience, or not at this time.
+            InvalidTokenError: the token is not from this issuer, not for this audience, or not valid now.
             KeysUnavailableError: there are no keys now that could verify it.
 
         """
