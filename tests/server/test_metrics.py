@@ -288,7 +288,7 @@ def test_a_scrape_does_not_wait_for_the_threads_of_requests(begin: Begin, postgr
         db.execute(SLOW_INSERTS)
         slow = thread.submit(service.client.post, "/api/tasks", json={"title": "Buy milk"})
         wait_until(lambda: value(scrape(url), GAUGES[1]) == 0)  # the only connection is in use
-        assert value(scrape(url), GAUGES[0]) == 1
+        assert value(scrape(url), GAUGES[0]) in {1, 2}  # a second one asks the server about the slow statement
         assert not slow.done()
         assert slow.result().status_code == 201
 
