@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -209,6 +210,37 @@ def test_a_backup_of_an_older_version_is_restored_and_migrated(
         assert done.returncode == 0, done.stderr
         assert rows(empty) == expected
         query(empty, "WITH keys AS (DELETE FROM idempotency_keys) DELETE FROM tasks RETURNING 1")  # is migrated now
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Path:
+    """Return a copy of the project that has one more migration, which changes rows and the name of a column."""
+    folder = tmp_path / "newer"
+    for name in ("sql", "todo_api"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "wsgi.py", folder)
+    changes = {
+        "": "ALTER TABLE tasks RENAME description TO notes; UPDATE tasks SET title = title || '!'",
+        ".rollback": "ALTER TABLE tasks RENAME notes TO description",
+    }
+    for kind, change in changes.items():
+        (folder / f"sql/migrations/9000.newer{kind}.sql").write_text(f"-- depends: {MIGRATIONS[-1]}\n{change};\n")
+    return folder
+
+
+@pytest.mark.parametrize("is_migrated", [False, True])
+def test_later_migrations_change_the_rows_of_an_older_backup(
+    is_migrated: bool, backup: Path, empty: str, newer: Path
+) -> None:
+    if is_migrated:
+        assert flask("migrate", cwd=newer, DATABASE_URL=as_url(empty)).returncode == 0
+    done = flask("restore", backup, cwd=newer, DATABASE_URL=as_url(empty))
+    assert done.returncode == 0, done.stderr
+    assert query(empty, "SELECT id, title, notes FROM tasks WHERE id <> 2") == [
+        (1, "Buy milk!", "Buy milk"),
+        (3, "Call!", None),
+    ]
+    assert "9000.newer" in message(flask("restore", backup, DATABASE_URL=as_url(empty)))
 
 
 def test_a_backup_leaves_out_what_others_have_in_the_database(database: str, empty: str, tmp_path: Path) -> None:
@@ -560,7 +592,7 @@ def test_a_backup_needs_a_direct_url_and_a_restore_does_not(
         assert "set MIGRATION_DATABASE_URL" in text
     text = message(flask("backup", file, DATABASE_URL=as_url(database), MIGRATION_DATABASE_URL=pooled))
     assert "MIGRATION_DATABASE_URL leads to a pooler" in text
-    direct = {"MIGRATION_DATABASE_URL": as_url(database), "DATABASE_POOLER": True}
+    direct: dict[str, Any] = {"MIGRATION_DATABASE_URL": as_url(database), "DATABASE_POOLER": True}
     assert flask("backup", file, DATABASE_URL=pooled, **direct).returncode == 0
     into = as_url(bouncer.in_front_of(empty))
     done = flask("restore", file, DATABASE_URL=into, DATABASE_POOLER=True)

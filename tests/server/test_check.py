@@ -108,7 +108,7 @@ def test_a_database_that_is_away_is_told_and_the_rest_is_shown() -> None:
 def test_a_database_that_is_silent_is_told_within_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        found = lines(flask("check", DATABASE_URL=f"postgresql://127.0.0.1:{port}/name?connect_timeout=100"))
+        found = lines(flask("check", DATABASE_URL=f"postgresql://127.0.0.1:{port}/name?connect_timeout=1000"))
     assert "timeout expired" in found["database"]
 
 

@@ -2,17 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.support.environment import ROOT, environment
 
 FLASK = [sys.executable, "-m", "flask", "--app", "wsgi"]
 
 
-def flask(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
+def flask(*arguments: object, cwd: Path = ROOT, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run a flask command and wait for its end."""
     return subprocess.run(
         [*FLASK, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**settings),
         stdin=subprocess.DEVNULL,
         capture_output=True,
