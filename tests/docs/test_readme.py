@@ -40,8 +40,8 @@ SHOWN: set[tuple[str, str, str]] = set()  # the blocks that a test here uses
 
 
 def block(name: str, start: str, language: str = "sh") -> str:
-    """Return the block of a README that starts with a text."""
-    [found] = [found for found in BLOCKS if found[:2] == (name, language) and found[2].startswith(start)]
+    """Return the block of a README that starts with a text. A README may repeat it."""
+    [found] = {found for found in BLOCKS if found[:2] == (name, language) and found[2].startswith(start)}
     SHOWN.add(found)
     return found[2]
 
@@ -81,6 +81,15 @@ MOVE = block(".deploy/README.md", ".venv/bin/flask backup")
 COME_ACROSS = block(".deploy/README.md", "POSTGRES_BIN=")
 CHECK = block(".deploy/README.md", ".venv/bin/flask check")
 CHECKED = block(".deploy/README.md", "ok ", "")
+# Used by tests/server/test_image.py, test_systemd.py and tests/failures/test_instances.py.
+IMAGE = block(".deploy/README.md", "docker build -t todo_api --build-arg")
+SETTINGS_FILE = block(".deploy/README.md", "DATABASE_URL=", "")
+START_CONTAINERS = block(".deploy/README.md", "start() {")
+UPSTREAM = block(".deploy/README.md", "server 127.0.0.1", "nginx")
+REPLACE_CONTAINERS = block(".deploy/README.md", "for number")
+CONTAINER = block(".deploy/README.md", "docker build -t todo_api -f")
+SYSTEMD = block(".deploy/README.md", "useradd")
+SYSTEMD_SOCKET = block(".deploy/README.md", "cp .deploy/todo_api.socket")
 
 
 def copy_project(folder: Path) -> Path:
@@ -374,7 +383,7 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", READMES[name]) if not link.startswith("https://")]
     for link in links:
         path, _, heading = link.partition("#")
-        target = (ROOT / name).parent / path
+        target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), link
         if heading:
             lines = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
