@@ -200,7 +200,7 @@ def _check_addresses(cfg: Any) -> None:
             startup.fail(
                 f"without tokens, the service listens on loopback addresses only, not on {name[0] or 'all addresses'} "
                 "(HOST, --bind or a socket of systemd): set AUTH_JWKS, or ALLOW_ANONYMOUS=true if something in front "
-                "asks who is calling"
+                "authenticates its clients"
             )
 
 
