@@ -75,6 +75,16 @@ PYTEST = [
     block("tests/README.md", start) for start in (".venv/bin/pytest\n", ".venv/bin/pytest tests", "TEST_DATABASE")
 ]
 BENCHMARKS = block("tests/benchmarks/README.md", ".venv/bin/pip install")
+# Used by tests/server/test_image.py, test_systemd.py and tests/failures/test_instances.py.
+IMAGE = block(".deploy/README.md", "docker build -t todo_api --build-arg")
+SETTINGS_FILE = block(".deploy/README.md", "DATABASE_URL=", "")
+START_CONTAINERS = block(".deploy/README.md", "start() {")
+UPSTREAM = block(".deploy/README.md", "server 127.0.0.1", "nginx")
+REPLACE_CONTAINERS = block(".deploy/README.md", "for number")
+CONTAINER = block(".deploy/README.md", "docker build -t todo_api -f")
+SYSTEMD = block(".deploy/README.md", "useradd")
+SYSTEMD_SOCKET = block(".deploy/README.md", "cp .deploy/todo_api.socket")
+MOVE = block(".deploy/README.md", ".venv/bin/flask backup tasks.backup")
 DUMP = block(".deploy/README.md", ".venv/lib")
 RESTORE = block(".deploy/README.md", "DATA_DIR=")
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import httpx
 import psycopg
@@ -62,10 +62,16 @@ class Clients:
             thread.join()
 
 
+class Served(Protocol):
+    """What clients call: a service, or something in front of one."""
+
+    url: str
+
+
 class Load(Clients):
     """Clients that create tasks one after the other, each over its own keep-alive connection."""
 
-    def __init__(self, service: Service, clients: int) -> None:
+    def __init__(self, service: Served, clients: int) -> None:
         """Start the clients."""
         self.service = service
         self.calls: list[Call] = []
