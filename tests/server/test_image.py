@@ -30,7 +30,7 @@ from tests.support.service import Service
 pytestmark = pytest.mark.long
 
 DEPLOY = READMES[".deploy/README.md"]
-IN_IMAGE = "/opt/todo_api"
+FIRST_OF_POSTGRESQL = "head -n 1 /data/postgres/postmaster.pid"  # its process id
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,6 @@ def test_the_image_has_the_service_and_its_packages_and_nothing_else(files: Path
 
 
 def test_the_images_are_as_small_as_the_readme_says(engine: Engine) -> None:
-    print(engine.run("podman images"))
     [(small, large)] = re.findall(r"(\d+) MB instead of (\d+) MB larger", DEPLOY)
 
     def size(image: str) -> int:
@@ -164,9 +163,9 @@ def test_a_stop_exits_with_0_and_shuts_postgresql_down(container: Container, eng
 
 def test_process_1_reaps_the_processes_of_a_killed_postgresql(container: Container) -> None:
     path = container.create()
-    postmaster = container.inside("head -n 1 /data/postgres/postmaster.pid")
+    postmaster = container.inside(FIRST_OF_POSTGRESQL)
     container.inside(f"kill -s KILL {postmaster}")
-    wait_until(lambda: container.inside("head -n 1 /data/postgres/postmaster.pid") != postmaster)
+    wait_until(lambda: container.is_ready() and container.inside(FIRST_OF_POSTGRESQL) != postmaster)
     assert container.has(path)
     states = container.inside("cat /proc/[0-9]*/stat 2>/dev/null || true")
     assert re.findall(r"(?m)^\d+ \(.*\) Z ", states) == []

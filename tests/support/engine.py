@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,15 @@ _BASE = "docker.io/library/python:3.11-slim-bookworm"
 _SUITE = "bookworm"
 _PACKAGES = "ca-certificates,python3,python3-venv"
 _STORAGE = '[storage]\ndriver = "overlay"\ngraphroot = "{0}/images"\nrunroot = "{0}/run"\n'
-_ENGINE = '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n[containers]\nlog_driver = "k8s-file"\n'
+_ENGINE = """[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "runc"  # crun does not support version 1 of control groups beside version 2
+[containers]
+log_driver = "k8s-file"
+netns = "slirp4netns"  # changes nothing in the network of this machine
+default_ulimits = [{limits}]
+"""
 # The packages come from a folder, so the build needs no network. On a read-only file system, podman makes /tmp and /run
 # writable by default. Docker does not.
 _DOCKER = """#!/bin/sh
@@ -30,6 +39,11 @@ esac
 """
 
 
+def _hard_limits() -> dict[str, int]:
+    names = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+    return {name: resource.getrlimit(number)[1] % 2**64 for name, number in names.items()}  # infinity is -1
+
+
 class Engine:
     """An engine with images and containers of its own in a folder."""
 
@@ -37,14 +51,16 @@ class Engine:
         """Create the base image."""
         if os.geteuid():
             missing("only root can create the base image of containers")
-        for name in ("buildah", "podman", "debootstrap"):
+        for name in ("buildah", "debootstrap", "podman", "runc", "slirp4netns"):
             program(name)
         self.folder = folder
         (folder / "bin").mkdir()
         (folder / "bin" / "docker").write_text(_DOCKER.format(folder), encoding="utf-8")
         (folder / "bin" / "docker").chmod(0o755)
         (folder / "storage.conf").write_text(_STORAGE.format(folder), encoding="utf-8")
-        (folder / "containers.conf").write_text(_ENGINE, encoding="utf-8")
+        # podman would raise the limits to its defaults, which root in a virtual machine or a container may not do.
+        limits = ", ".join(f'"{name}={min(limit, 32_768)}"' for name, limit in _hard_limits().items())
+        (folder / "containers.conf").write_text(_ENGINE.format(limits=limits), encoding="utf-8")
         (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n", encoding="utf-8")
         self.environment = {
             "PATH": f"{folder}/bin:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
