@@ -13,14 +13,15 @@ import click
 from todo_api import create_app, logs, startup
 
 settings = startup.load_settings()
+logs.configure(settings.log_format, settings.log_level)
 
 from todo_api import server  # after the check: gunicorn reads WEB_CONCURRENCY at its import
 
 if __name__ == "__main__":
     server.run()  # does not return; gunicorn's workers import this file
 
-logs.configure()
 server.install_problems()
 app = create_app(settings)
 if not click.get_current_context(silent=True):  # each flask command prepares what it needs
     startup.prepare_or_fail(settings)
+    server.check_hooks(settings)

@@ -17,19 +17,23 @@ TOP_LEVEL = {"todo_api", "sql", "tests", "wsgi.py", "requirements.txt", "README.
 PROJECT_IMPORTS = {
     "todo_api.config": set[str](),
     "todo_api.logs": set[str](),
+    "todo_api.metrics": set[str](),
+    "todo_api.draining": set[str](),
     "todo_api.database": {"todo_api.config", "todo_api.database"},
     "todo_api.embedded": {"todo_api.config", "todo_api.embedded"},
     "todo_api.tokens": {"todo_api.config", "todo_api.tokens"},
-    "todo_api.api": {"todo_api.api", "todo_api.database", "todo_api.config", "todo_api.tokens"},
-    "todo_api.startup": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.tokens"},
+    "todo_api.api": {"todo_api.api", "todo_api.database", "todo_api.config", "todo_api.draining", "todo_api.tokens"},
+    "todo_api.startup": {
+        *("todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.logs", "todo_api.tokens"),
+    },
     "todo_api.commands": {"todo_api.config", "todo_api.database", "todo_api.embedded", "todo_api.startup"},
     "todo_api": {
-        *("todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.startup"),
-        "todo_api.tokens",
+        *("todo_api.api", "todo_api.commands", "todo_api.config", "todo_api.database", "todo_api.metrics"),
+        *("todo_api.startup", "todo_api.tokens"),
     },
     "todo_api.server": {
-        *("todo_api.api", "todo_api.config", "todo_api.database", "todo_api.logs", "todo_api.server"),
-        *("todo_api.startup", "todo_api.tokens"),
+        *("todo_api.api", "todo_api.config", "todo_api.database", "todo_api.draining", "todo_api.logs"),
+        *("todo_api.metrics", "todo_api.server", "todo_api.startup", "todo_api.tokens"),
     },
 }
 # The only places that may import each library.
@@ -42,6 +46,7 @@ LIBRARIES = {
     "webargs": {"todo_api.api"},
     "apispec": {"todo_api.api"},
     "gunicorn": {"todo_api.server"},
+    "prometheus_client": {"todo_api.server"},
     "psycopg": {"todo_api.database", "todo_api.embedded"},
     "psycopg_pool": {"todo_api.database"},
     "yoyo": {"todo_api.database"},

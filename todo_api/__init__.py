@@ -6,6 +6,7 @@ from todo_api import commands, config, startup, tokens
 from todo_api.api import body, cors, docs, health, identity, middleware, openapi, origins, problems, tasks
 from todo_api.api.application import Application
 from todo_api.database import Database
+from todo_api.metrics import metrics
 
 
 def create_app(settings: config.Settings | None = None) -> Flask:
@@ -27,7 +28,8 @@ def create_app(settings: config.Settings | None = None) -> Flask:
         role=settings.database_role,
     )
 
-    app.wsgi_app = middleware.RequestLog(middleware.Mount(app.wsgi_app, settings.url_prefix))
+    observe = metrics.observe if settings.metrics_port else None
+    app.wsgi_app = middleware.RequestLog(middleware.Mount(app.wsgi_app, settings.url_prefix), observe)
     cors.init_app(app, settings.cors_origins)
     origins.init_app(app, settings)
     body.init_app(app)

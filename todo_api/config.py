@@ -13,8 +13,10 @@ from dotenv import dotenv_values, find_dotenv, load_dotenv
 from environs import Env, ValidationError, validate
 from environs.exceptions import EnvError
 
+VERSION = "1.0.0"  # of the API and the service
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = range(1, 257)  # of workers, and of threads
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # PostgreSQL writes the times in its JSON in the time zone of the session. libpq sends PGTZ when it connects. So no
 # statement is needed, and a pooler in transaction mode accepts it.
@@ -37,6 +39,10 @@ class Settings:
     postgres_bin: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int | None = None
+    drain_seconds: int = 0
+    log_format: str = "text"
+    log_level: str = "info"
     web_concurrency: int = 1
     web_threads: int = 4
     user_id: str = "local"
@@ -92,7 +98,7 @@ def _read() -> Settings:
         )
     _check_tokens()
     _use_system_certificates()
-    return Settings(
+    settings = Settings(
         database_url=env.str("DATABASE_URL", Settings.database_url, validate=_check_database_url),
         database_pooler=env.bool("DATABASE_POOLER", Settings.database_pooler),
         database_role=env.str("DATABASE_ROLE", Settings.database_role, validate=[_check_text, _check_role]).strip(),
@@ -101,7 +107,11 @@ def _read() -> Settings:
         data_dir=ROOT / env.path("DATA_DIR", Settings.data_dir, validate=_check_path).expanduser(),
         postgres_bin=_folder(env.path("POSTGRES_BIN", None, validate=_check_path)),
         host=env.str("HOST", Settings.host, validate=_check_address),
-        port=env.int("PORT", Settings.port, validate=validate.Range(1, 65_535)),
+        port=env.int("PORT", Settings.port, validate=_check_port),
+        metrics_port=env.int("METRICS_PORT", None, validate=_check_port),
+        drain_seconds=env.int("DRAIN_SECONDS", Settings.drain_seconds, validate=validate.Range(0, 3600)),
+        log_format=env.str("LOG_FORMAT", Settings.log_format, validate=validate.OneOf(["text", "json"])),
+        log_level=env.str("LOG_LEVEL", Settings.log_level, validate=_check_level).lower(),
         web_concurrency=env.int("WEB_CONCURRENCY", _default_concurrency(), validate=_check_number),
         web_threads=env.int("WEB_THREADS", Settings.web_threads, validate=_check_number),
         user_id=env.str("USER_ID", Settings.user_id, validate=[validate.Length(1, 255), _check_text]),
@@ -115,6 +125,9 @@ def _read() -> Settings:
         url_prefix=env.str("URL_PREFIX", "", validate=_check_prefix),
         script_name=env.str("SCRIPT_NAME", "", validate=_check_prefix),
     )
+    if settings.metrics_port == settings.port:
+        raise StartError("METRICS_PORT and PORT must be different ports")
+    return settings
 
 
 def _check_role(name: str) -> None:
@@ -124,6 +137,23 @@ def _check_role(name: str) -> None:
 
 _MAX_NAME_LENGTH = 63  # bytes; PostgreSQL cuts longer names
 _check_number = validate.Range(NUMBERS.start, NUMBERS.stop - 1)
+_check_port = validate.Range(1, 65_535)
+
+
+def _check_level(level: str) -> None:
+    if level.lower() not in LOG_LEVELS:
+        raise ValidationError(f"It must be {', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]}.")
+
+
+def wants_json_logs() -> bool:
+    """Return whether LOG_FORMAT is json. Once .env was read, this also works if another setting is invalid."""
+    return os.environ.get("LOG_FORMAT") == "json"
+
+
+def take_variable(name: str) -> str:
+    """Return the value of an environment variable that is no setting, and remove it. '' if it is not there."""
+    return os.environ.pop(name, "")
+
 
 # Matches the URLs that libpq accepts, except those for which libpq's error message would show the password: with an
 # unescaped @, / or % in the password, or with brackets that do not contain an IPv6 address.

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from todo_api import config, database, embedded, tokens
+from todo_api import config, database, embedded, logs, tokens
 from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ def load_settings() -> Settings:
             _checked.add(settings.auth_jwks)
         _ensure_temporary_folder(settings)
     except StartError as error:
+        if config.wants_json_logs():
+            logs.use_json()
         fail(error)
     return settings
 

@@ -19,7 +19,10 @@ OTHER_ORIGINS = [
     "null",
 ]
 EXPOSED_HEADERS = {"ETag", "Link", "Location", "Retry-After", "WWW-Authenticate", "X-Request-ID"}
-REQUEST_HEADERS = ["Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key", "X-Request-ID"]
+REQUEST_HEADERS = [
+    *("Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key"),
+    *("Traceparent", "Tracestate", "X-Request-ID"),
+]
 METHODS = {
     "/api/tasks": ["GET", "POST"],
     "/api/tasks/1": ["GET", "PATCH", "DELETE"],

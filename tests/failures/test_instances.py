@@ -6,16 +6,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psycopg
 import pytest
 
 from tests.docs.test_readme import READMES
-from tests.server.test_proxy import start_nginx
 from tests.support.databases import as_url
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Load, assert_acknowledged_once, at_once
-from tests.support.nginx import name_both
+from tests.support.nginx import start_nginx
 from tests.support.postgres import Postgres, connections
 from tests.support.processes import wait_until
 from tests.support.service import Service, workers
@@ -89,8 +87,7 @@ def test_a_killed_instance_costs_its_requests_in_progress_only(
     postgres: Postgres, start: Start, tmp_path: Path, figure: Figure
 ) -> None:
     first, second = instances(postgres, start, 2)
-    nginx = start_nginx(start, tmp_path, first)
-    name_both(nginx, first.port, second.port)
+    nginx = start_nginx(start, tmp_path, first, second)
     with Load(nginx, 10) as load:
         wait_until(lambda: load.statuses()[201] > 200)
         first.kill()
@@ -101,22 +98,4 @@ def test_a_killed_instance_costs_its_requests_in_progress_only(
     assert set(statuses) <= {201, 502}
     assert statuses[502] <= len(load.threads)
     assert set(load.statuses(killed + 0.5)) == {201}
-    assert_acknowledged_once(load.calls, postgres.conninfo)
-
-
-def test_no_request_fails_while_instances_are_replaced_one_after_the_other(
-    postgres: Postgres, start: Start, tmp_path: Path
-) -> None:
-    first, second = instances(postgres, start, 2)
-    nginx = start_nginx(start, tmp_path, first)
-    name_both(nginx, first.port, second.port)
-    with Load(nginx, 10) as load:
-        for service in (first, second):
-            wait_until(lambda: load.statuses()[201] > 200)
-            assert service.stop() == 0
-            instance = start(
-                DATABASE_URL=as_url(postgres.conninfo), DATABASE_POOLER=False, WEB_CONCURRENCY=2, PORT=service.port
-            ).wait()
-            assert instance.answers("/api/tasks?limit=1")
-    assert set(load.statuses()) == {httpx.codes.CREATED}
     assert_acknowledged_once(load.calls, postgres.conninfo)

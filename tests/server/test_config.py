@@ -35,8 +35,20 @@ INVALID = [
     ("ALLOW_ANONYMOUS", "maybe"),
     ("TRUSTED_HOSTS", "https://todo.example.com"),
     ("AUTH_JWKS", "http://auth.example/jwks"),
+    ("METRICS_PORT", "http"),
+    ("LOG_LEVEL", "loud"),
 ]
 ALSO_INVALID = [  # the same function rejects them, so one process is enough
+    ("METRICS_PORT", "0"),
+    ("METRICS_PORT", "65536"),
+    ("METRICS_PORT", "8000"),  # PORT
+    ("DRAIN_SECONDS", "-1"),
+    ("DRAIN_SECONDS", "3601"),
+    ("DRAIN_SECONDS", "1.5"),
+    ("LOG_FORMAT", "xml"),
+    ("LOG_FORMAT", "JSON"),
+    ("LOG_LEVEL", "notset"),
+    ("LOG_LEVEL", "10"),
     ("URL_PREFIX", "todo"),
     ("URL_PREFIX", "/"),
     ("URL_PREFIX", "/todo/"),

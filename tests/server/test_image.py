@@ -15,13 +15,13 @@ from tests.docs.test_readme import (
     REPLACE_CONTAINERS,
     SETTINGS_FILE,
     START_CONTAINERS,
+    UPSTREAM,
     listed_by_git,
 )
-from tests.server.test_proxy import start_nginx
 from tests.support.engine import Engine
 from tests.support.fixtures import Start
 from tests.support.load import Load, assert_acknowledged_once
-from tests.support.nginx import name_both
+from tests.support.nginx import INSTANCE, start_nginx
 from tests.support.postgres import Postgres
 from tests.support.processes import free_port, wait_until
 from tests.support.replica import Server
@@ -241,10 +241,11 @@ def test_two_containers_behind_nginx_serve_a_hosted_postgresql_and_are_replaced_
         )
 
     engine.run(with_our_ports(START_CONTAINERS), tmp_path)
-    first = Service(tmp_path / "unused", ["true"], PORT=int(f"{ports}1"))
-    wait_until(first.answers)
-    nginx = start_nginx(start, tmp_path, first)
-    name_both(nginx, int(f"{ports}1"), int(f"{ports}2"))
+    containers = [Service(tmp_path / "unused", ["true"], PORT=int(f"{ports}{number}")) for number in (1, 2)]
+    for container in containers:
+        wait_until(container.answers)
+    assert [line.strip() for line in UPSTREAM.splitlines()] == [INSTANCE.replace("8000", f"800{n}") for n in (1, 2)]
+    nginx = start_nginx(start, tmp_path, *containers)
     before = engine.run("docker ps --quiet").split()
     with Load(nginx, 10) as load:
         wait_until(lambda: load.statuses()[201] > 200)

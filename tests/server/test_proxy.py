@@ -4,7 +4,6 @@ import re
 import signal
 import socket
 import ssl
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
 from itertools import product
@@ -19,6 +18,7 @@ from tests.support.environment import ROOT
 from tests.support.fixtures import Start
 from tests.support.issuer import SigningKey, bearer, running_issuer
 from tests.support.load import Load, assert_acknowledged_once
+from tests.support.nginx import start_nginx, tls
 from tests.support.optional_tools import program
 from tests.support.pages import SEED, pages
 from tests.support.problems import assert_problem
@@ -30,42 +30,6 @@ JSON = {"Content-Type": "application/json"}
 GET = b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 TASK_1 = "INSERT INTO tasks (id, user_id, title, version) OVERRIDING SYSTEM VALUE VALUES (1, 'local', 'é%/+ x', 7)"
-SELF_SIGNED = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x -addext"
-# The rest of the configuration, as in a distribution's nginx.conf. All files are in the test's folder, which only its
-# owner may enter.
-AROUND = """user root; pid pid; events {{}}
-http {{
-    access_log off; client_body_temp_path body; proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
-    {more} {file}
-}}"""
-
-
-def start_nginx(start: Start, folder: Path, behind: Service, more: str = "") -> Service:
-    """Start nginx in front of a service, with .deploy/nginx.conf and ``more`` configuration."""
-    certificate, key, port = folder / "certificate", folder / "key", free_port()
-    file = (ROOT / ".deploy" / "nginx.conf").read_text(encoding="utf-8")
-    for theirs, ours in (
-        ("/etc/ssl/certs/tasks.example.com.pem", certificate.name),
-        ("/etc/ssl/private/tasks.example.com.key", key.name),
-        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl sndbuf=32k"),  # a small buffer, as on a slow network
-        ("127.0.0.1:8000", f"127.0.0.1:{behind.port}"),
-    ):
-        assert file.count(theirs) == 1, theirs
-        file = file.replace(theirs, ours)
-    (folder / "nginx.conf").write_text(AROUND.format(more=more, file=file), encoding="utf-8")
-    made = [*SELF_SIGNED.split(), "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([program("openssl"), *made], check=True, capture_output=True)
-    command = [program("nginx"), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
-    nginx = start(command=command, PORT=port)
-    nginx.url = f"https://127.0.0.1:{port}"
-    nginx.client = httpx.Client(base_url=nginx.url, timeout=20, verify=tls(nginx))
-    return nginx.wait()
-
-
-def tls(nginx: Service) -> ssl.SSLContext:
-    """Return a TLS context that trusts only the certificate of this nginx."""
-    return ssl.create_default_context(cafile=nginx.log_file.with_name("certificate"))
 
 
 @pytest.fixture
@@ -260,7 +224,7 @@ def test_nginx_returns_a_problem_if_the_service_is_suspended_or_stopped(
     start: Start, tmp_path: Path, database_url: str
 ) -> None:
     service = start(DATABASE_URL=database_url).wait()
-    nginx = start_nginx(start, tmp_path, service, "proxy_read_timeout 3s;")
+    nginx = start_nginx(start, tmp_path, service, more="proxy_read_timeout 3s;")
     [worker] = workers(service)
     worker.suspend()
     assert_problem(nginx.client.get("/api/tasks"), 504, "gateway_timeout")

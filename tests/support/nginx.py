@@ -1,25 +1,51 @@
-"""nginx in front of two instances of the service."""
+"""nginx with .deploy/nginx.conf, in front of services."""
 
-import signal
+import ssl
+import subprocess
+from pathlib import Path
 
-from tests.docs.test_readme import UPSTREAM
-from tests.support.processes import children, wait_until
+import httpx
+
+from tests.support.environment import ROOT
+from tests.support.fixtures import Start
+from tests.support.optional_tools import program
+from tests.support.processes import free_port
 from tests.support.service import Service
 
+SELF_SIGNED = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x -addext"
+# The rest of the configuration, as in a distribution's nginx.conf. All files are in the test's folder, which only its
+# owner may enter.
+INSTANCE = "server 127.0.0.1:8000 max_fails=0;"
+AROUND = """user root; pid pid; events {{}}
+http {{
+    access_log off; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    {more} {file}
+}}"""
 
-def name_both(nginx: Service, *ports: int) -> None:
-    """Name two instances in the configuration of a running nginx, as the README says, instead of the only one.
 
-    Its port is the first one.
-    """
-    upstream = UPSTREAM
-    for number, port in enumerate(ports, 1):
-        assert upstream.count(f"127.0.0.1:800{number} ") == 1
-        upstream = upstream.replace(f"127.0.0.1:800{number} ", f"127.0.0.1:{port} ")
-    file = nginx.log_file.with_name("nginx.conf")
-    text, line = file.read_text(encoding="utf-8"), f"server 127.0.0.1:{ports[0]};"
-    assert text.count(line) == 1
-    file.write_text(text.replace(line, upstream), encoding="utf-8")
-    before = children(nginx.process.pid).keys()
-    nginx.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: bool(now := children(nginx.process.pid)) and not before & now.keys())
+def start_nginx(start: Start, folder: Path, *behind: Service, more: str = "") -> Service:
+    """Start nginx in front of a service or several, with .deploy/nginx.conf and ``more`` configuration."""
+    certificate, key, port = folder / "certificate", folder / "key", free_port()
+    file = (ROOT / ".deploy" / "nginx.conf").read_text(encoding="utf-8")
+    for theirs, ours in (
+        ("/etc/ssl/certs/tasks.example.com.pem", certificate.name),
+        ("/etc/ssl/private/tasks.example.com.key", key.name),
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl sndbuf=32k"),  # a small buffer, as on a slow network
+        (INSTANCE, "\n".join(INSTANCE.replace("8000", str(service.port)) for service in behind)),
+    ):
+        assert file.count(theirs) == 1, theirs
+        file = file.replace(theirs, ours)
+    (folder / "nginx.conf").write_text(AROUND.format(more=more, file=file), encoding="utf-8")
+    made = [*SELF_SIGNED.split(), "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([program("openssl"), *made], check=True, capture_output=True)
+    command = [program("nginx"), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+    nginx = start(command=command, PORT=port)
+    nginx.url = f"https://127.0.0.1:{port}"
+    nginx.client = httpx.Client(base_url=nginx.url, timeout=20, verify=tls(nginx))
+    return nginx.wait()
+
+
+def tls(nginx: Service) -> ssl.SSLContext:
+    """Return a TLS context that trusts only the certificate of this nginx."""
+    return ssl.create_default_context(cafile=nginx.log_file.with_name("certificate"))

@@ -8,7 +8,7 @@ from flask.sessions import NullSession, SessionInterface
 from werkzeug.exceptions import NotFound
 from werkzeug.routing import MapAdapter
 
-from todo_api.api.middleware import REQUEST_ID, loggable
+from todo_api.api.middleware import REQUEST_ID, TRACE_ID, loggable
 
 
 class NoSessions(SessionInterface):
@@ -33,9 +33,12 @@ class Application(Flask):
 
     def log_exception(self, exc_info: Any) -> None:
         """Log a bug: a line of limited length with the id of the request, and the traceback."""
-        request_id = request.environ.get(REQUEST_ID)
-        path = loggable(request.path)
-        self.logger.error("Exception on %s %s %s", request.method, path, request_id, exc_info=exc_info)
+        fields = {"method": request.method, "path": loggable(request.path), "request_id": request.environ[REQUEST_ID]}
+        text = " ".join(fields.values())
+        if trace_id := request.environ.get(TRACE_ID):
+            fields["trace_id"] = trace_id
+            text += f" trace_id={trace_id}"
+        self.logger.error("Exception on %s", text, exc_info=exc_info, extra={"fields": fields})
 
     def make_default_options_response(self) -> Response:
         """Return the response to an OPTIONS request. It has no body, so it has no Content-Type."""

@@ -15,7 +15,10 @@ def init_app(app: Flask, origins: Sequence[str]) -> None:
         resources="/api/*",
         origins=list(origins),
         methods=["GET", "HEAD", "POST", "PATCH", "DELETE"],
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "X-Request-ID"],
+        allow_headers=[
+            *("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match"),
+            *("Traceparent", "Tracestate", "X-Request-ID"),  # tracing libraries add the first two
+        ],
         expose_headers=["ETag", "Link", "Location", "Retry-After", "WWW-Authenticate", "X-Request-ID"],
         always_send=False,  # send the headers only if the request has an Origin, and name only this origin
         max_age=600,  # seconds for which a browser caches the response to a preflight request

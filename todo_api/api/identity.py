@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from flask import Flask, Response, g, request
 
+from todo_api.api.middleware import USER
 from todo_api.api.problems import AuthenticationRequired, InvalidToken, KeysUnavailable, MalformedRequest
 from todo_api.tokens import InvalidTokenError, KeysUnavailableError
 
@@ -24,7 +25,7 @@ def init_app(app: Flask, user_id: str, verify: Callable[[str], str] | None) -> N
         if verify is None:
             g.user_id = user_id
         elif _is_api() and request.method != "OPTIONS":  # a browser sends no token in a preflight request
-            g.user_id = _user_of_token(verify)
+            g.user_id = request.environ[USER] = _user_of_token(verify)
 
     @app.after_request
     def vary(response: Response) -> Response:

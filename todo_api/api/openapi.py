@@ -10,6 +10,7 @@ from flask import Flask
 
 from todo_api.api import body, problems, schemas
 from todo_api.api.blueprint import Blueprint
+from todo_api.config import VERSION
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -172,7 +173,7 @@ def init_app(app: Flask, *, needs_token: bool) -> Api:
     """
     app.config.update(
         API_TITLE="todo API",
-        API_VERSION="1.0.0",
+        API_VERSION=VERSION,
         OPENAPI_VERSION="3.1.0",
         OPENAPI_URL_PREFIX="/",
         OPENAPI_JSON_PATH="openapi.json",
@@ -191,6 +192,7 @@ def init_app(app: Flask, *, needs_token: bool) -> Api:
         kinds: dict[str, tuple[str, list[dict[str, str]]]] = {kind: (detail, [])}
         kinds |= {other: (detail, []) for other, (shared, detail) in problems.OTHER_KINDS.items() if shared == status}
         kinds.pop(problems.VALIDATION_ERROR, None)  # INVALID_QUERY and INVALID_BODY have it
+        kinds.pop(problems.DRAINING, None)  # only /readyz has it, which is not in the document
         api.spec.components.response(_name(status), _failure(status, kinds), lazy=True)
     unsupported, _ = problems.KINDS[415]
     patch = _failure(415, {unsupported: (body.UNSUPPORTED_PATCH, [])})

@@ -36,10 +36,12 @@ KINDS: dict[int, tuple[str, str]] = {
 VALIDATION_ERROR = "validation_error"
 INVALID_BEARER = "invalid_token"
 KEYS_UNAVAILABLE = "keys_unavailable"
+DRAINING = "draining"
 OTHER_KINDS: dict[str, tuple[int, str]] = {
     VALIDATION_ERROR: (400, "A field or a query parameter is invalid"),
     INVALID_BEARER: (401, "The token is not valid here, or not valid now"),
     KEYS_UNAVAILABLE: (503, "The keys that verify tokens are not available now; retry later"),
+    DRAINING: (503, "The service is about to stop; it still serves all other requests"),
 }
 
 RETRY_AFTER = 1  # seconds; a restart of PostgreSQL takes about that long
@@ -81,6 +83,16 @@ class KeysUnavailable(ServiceUnavailable):
     """There are no keys now that could verify the token of the request."""
 
     kind = KEYS_UNAVAILABLE
+
+    def __init__(self) -> None:
+        """Create the error."""
+        super().__init__(retry_after=RETRY_AFTER)
+
+
+class Draining(ServiceUnavailable):
+    """The service is about to stop. Only the check of its readiness gets this error."""
+
+    kind = DRAINING
 
     def __init__(self) -> None:
         """Create the error."""

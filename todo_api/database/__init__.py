@@ -22,7 +22,7 @@ from todo_api.database.errors import (
     translated,
 )
 from todo_api.database.migrations import apply as apply_migrations
-from todo_api.database.pool import Pool
+from todo_api.database.pool import Pool, State
 from todo_api.database.role import ensure as ensure_role
 from todo_api.database.role import make as make_role
 from todo_api.database.statements import SEPARATOR
@@ -43,6 +43,7 @@ __all__ = [
     "has_session_settings",
     "libpq_variables",
     "make_role",
+    "pool_state",
 ]
 
 log = logging.getLogger(__name__)
@@ -154,3 +155,14 @@ def fill_pools(threads: int) -> None:
     """
     for database in list(_databases):
         database.pool.fill(threads)
+
+
+def pool_state() -> State:
+    """Return the state of the pools in this process, added up."""
+    states = [database.pool.state() for database in list(_databases)]
+    return State(
+        size=sum(state.size for state in states),
+        available=sum(state.available for state in states),
+        waiting=sum(state.waiting for state in states),
+        outage=any(state.outage for state in states),
+    )

@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from math import inf
 
 import psycopg
@@ -34,6 +36,16 @@ _INTERVALS_TO_CANCEL = 4
 _ASK_TIMEOUT = 0.4  # seconds
 
 
+@dataclass(frozen=True)
+class State:
+    """The connections of a pool, those that are idle, the threads that wait for one, and whether there is an outage."""
+
+    size: int
+    available: int
+    waiting: int
+    outage: bool
+
+
 class Pool:
     """psycopg's pool with two changes: no statement waits during an outage, and none gets a dead connection."""
 
@@ -47,6 +59,7 @@ class Pool:
         self._get_share = get_share
         self._size = 1
         self._busy: set[Connection] = set()  # the connections on which a statement runs
+        self._waiting: set[int] = set()  # the threads that have waited for a connection for 10 ms or more
         self._asking = threading.Lock()
         loaded = statements.load()
         self._question = loaded["database/waits"]
@@ -71,6 +84,17 @@ class Pool:
         if self._wait_until_full(deadline):
             self._resize(min(size, self._get_share() or size))
             self._wait_until_full(deadline)
+
+    def state(self) -> State:
+        """Return the state of the pool now.
+
+        In an outage, this tries to connect. If there are no requests, nothing else would find out that it has ended.
+        """
+        if self.outage.active:
+            with suppress(UnavailableError):
+                self._pool.putconn(self._get_working(time.monotonic()))
+        stats = self._pool.get_stats()  # its requests_waiting also has calls that have timed out
+        return State(stats["pool_size"], stats["pool_available"], len(self._waiting), outage=self.outage.active)
 
     def _wait_until_full(self, deadline: float) -> bool:
         while self._pool.get_stats()["pool_available"] < self._size:
@@ -177,11 +201,17 @@ class Pool:
         makes the pool connect in the background. The outage ends when that succeeds. An outage begins only if
         connecting fails or hangs. If all connections are busy, that is no outage.
         """
-        began = time.monotonic()
+        try:
+            return self._wait(time.monotonic(), deadline, to_ask=to_ask)
+        finally:
+            self._waiting.discard(threading.get_ident())
+
+    def _wait(self, began: float, deadline: float, *, to_ask: bool) -> Connection:
         while True:
             try:
                 return self._pool.getconn(timeout=_POLL)
             except (PoolTimeout, TooManyRequests) as error:
+                self._waiting.add(threading.get_ident())
                 if isinstance(error, TooManyRequests):
                     self._pool.check()  # makes the empty pool connect, which getconn() has not done
                     time.sleep(_POLL)

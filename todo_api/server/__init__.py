@@ -1,5 +1,6 @@
 """gunicorn: its settings, its worker, and its responses to unreadable requests. Only this package imports gunicorn."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -7,11 +8,15 @@ from typing import NoReturn
 from gunicorn.app import wsgiapp
 
 from todo_api import startup
+from todo_api.config import Settings
 from todo_api.server.unreadable import install_problems
 
-__all__ = ["install_problems", "run"]
+__all__ = ["check_hooks", "install_problems", "run"]
 
-_ARGUMENTS = ["-c", "python:todo_api.server.gunicorn_conf", "wsgi:app"]
+_CONF = "todo_api.server.gunicorn_conf"
+_ARGUMENTS = ["-c", f"python:{_CONF}", "wsgi:app"]
+
+log = logging.getLogger(__name__)
 
 
 def run() -> NoReturn:
@@ -24,3 +29,9 @@ def run() -> NoReturn:
         sys.exit(wsgiapp.run(prog="gunicorn"))
     except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:  # gunicorn lets some of them pass
         startup.fail(f"gunicorn cannot start, check its options: {error}")
+
+
+def check_hooks(settings: Settings) -> None:
+    """Log a warning if a setting is ignored because another server, or gunicorn with other settings, runs this."""
+    if (settings.metrics_port or settings.drain_seconds) and _CONF not in sys.modules:
+        log.warning("METRICS_PORT and DRAIN_SECONDS are ignored: they need the hooks of %s", _CONF)

@@ -9,21 +9,26 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from gunicorn import systemd
 
-from todo_api import database, logs, startup, tokens
-from todo_api.config import NUMBERS, ROOT, is_loopback  # gunicorn would take the name "config" for its setting
+from todo_api import database, draining, logs, startup, tokens
+
+# gunicorn would take the name "config" for its setting.
+from todo_api.config import NUMBERS, ROOT, is_loopback, take_variable
 from todo_api.server import gunicorn_check
 
 _settings = startup.load_settings()
-logs.configure()
+logs.configure(_settings.log_format, _settings.log_level)
 log = logging.getLogger("todo_api")
 
 
 _OWN_FILES = 48  # of a worker without clients, in addition to those of its threads
 _FILES_PER_THREAD = 2  # the connection to PostgreSQL, and one that is open briefly
+_METRICS_FILES = 80  # with METRICS_PORT: the port, the memory, and clients
+_INHERITED = "TODO_API_INHERITED"  # the variable with the file descriptors that a service passes on at SIGUSR2
 _MOST_CLIENTS = 10_000
 _FEWEST_CLIENTS = 16
 
@@ -42,7 +47,7 @@ def _open_files(wanted: int) -> int:
 
 def _max_connections(threads: int) -> int:
     """Return how many connections of clients a worker may accept below the limit of open files."""
-    needed = _OWN_FILES + _FILES_PER_THREAD * threads
+    needed = _OWN_FILES + _FILES_PER_THREAD * threads + (_METRICS_FILES if _settings.metrics_port else 0)
     clients = (limit := _open_files(needed + _MOST_CLIENTS)) - needed
     if clients < _FEWEST_CLIENTS:
         startup.fail(
@@ -69,7 +74,10 @@ limit_request_fields = 50
 sendfile = False  # a thread would wait for clients that read the docs page slowly
 control_socket_disable = True  # gunicorn opens a control socket by default, and nothing here uses it
 errorlog = "-"  # standard error
-loglevel = "warning"  # without gunicorn's own lines about the start; when_ready logs the start
+# At "info", without gunicorn's own lines about the start: when_ready logs the start.
+loglevel = "warning" if _settings.log_level == "info" else _settings.log_level
+if _settings.log_format == "json":
+    logger_class = "todo_api.server.json_logger.JsonLogger"
 accesslog = None  # the application logs each request with its id
 
 
@@ -87,13 +95,38 @@ def on_starting(server: Any) -> None:
     if not server.master_pid and not _systemd_sockets():
         for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
             if isinstance(address, tuple):
-                _wait_for_port(*address)
+                _wait_for_port(*address, names="HOST and PORT, or --bind")
     if server.cfg.reload:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)
     if not difference:
         _survive_failed_forks(server)
+    if _settings.metrics_port:
+        _open_metrics_port(cfg, _settings.metrics_port)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
+
+
+_metrics_ports: list[Any] = []  # one, or none without METRICS_PORT
+
+
+def _open_metrics_port(cfg: Any, port: int) -> None:
+    from todo_api.server import metrics_port
+
+    if any(isinstance(address, tuple) and address[1] == port for address in cfg.address):
+        startup.fail("METRICS_PORT and the port of --bind must be different ports")
+    inherited = take_variable(_INHERITED)
+    if not inherited:
+        _wait_for_port(_settings.host, port, names="HOST and METRICS_PORT")
+    try:
+        _metrics_ports.append(metrics_port.open_port(_settings.host, port, inherited))
+    except (AttributeError, OSError) as error:
+        startup.fail(f"METRICS_PORT cannot be served, which needs Linux: {error}")
+
+
+def pre_exec(server: Any) -> None:
+    """Pass the metrics on to the service that SIGUSR2 starts. It continues to count, and uses the same port."""
+    for port in _metrics_ports:
+        server.cfg.env_orig[_INHERITED] = port.inheritable()
 
 
 def _systemd_sockets() -> int:
@@ -160,7 +193,8 @@ def _check_addresses(cfg: Any) -> None:
     """
     activated = _systemd_sockets()  # they replace --bind
     addresses = range(systemd.SD_LISTEN_FDS_START, systemd.SD_LISTEN_FDS_START + activated) or cfg.address
-    for address in addresses:
+    metrics = [(_settings.host, _settings.metrics_port)] if _settings.metrics_port else []
+    for address in (*addresses, *metrics):
         name = _name_of(address) if isinstance(address, int) else address
         if isinstance(name, tuple) and not is_loopback(name[0]):
             startup.fail(
@@ -188,19 +222,50 @@ def on_reload(server: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Fetch the keys of tokens and connect to the database. After a reload, the first requests arrive at once."""
+    for port in _metrics_ports:
+        port.start()
     tokens.start_fetching()
     database.fill_pools(worker.cfg.threads)
 
 
 def when_ready(server: Any) -> None:
-    """Log where the service listens."""
+    """Log where the service listens. From now on, SIGTERM drains it first, if DRAIN_SECONDS is set."""
+    if _settings.drain_seconds:
+        _drain_on_sigterm(server)
     cfg = server.cfg
     where = ", ".join(map(str, server.LISTENERS))  # systemd's sockets may be others than those of the settings
     docs = f"{_settings.url_prefix}{_settings.script_name}/docs"  # as the proxy's clients see it
     log.info("serving %s, its docs at %s, with %d workers (%d threads each)", where, docs, cfg.workers, cfg.threads)
 
 
-def _wait_for_port(host: str, port: int) -> None:
+def _drain_on_sigterm(server: Any) -> None:
+    """Let the first SIGTERM begin to drain the service. The stop begins after DRAIN_SECONDS, or at the next SIGTERM.
+
+    If SIGUSR2 has started another service on the same port, the stop begins at once: that one serves the requests.
+    """
+    stop: Any = signal.getsignal(signal.SIGTERM)  # gunicorn's handler
+    seconds = _settings.drain_seconds
+
+    def drain(number: int, frame: Any) -> None:
+        is_master = os.getpid() == server.pid  # a worker has this handler until it sets its own
+        if not is_master or draining.is_active() or _shares_its_port(server):
+            stop(number, frame)
+            return
+        draining.begin()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with suppress(RuntimeError):  # the signal has interrupted a write to the log
+            log.info("draining: /readyz returns 503, and the stop begins in %d s, or at the next SIGTERM", seconds)
+
+    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGALRM, lambda _number, frame: stop(signal.SIGTERM, frame))
+
+
+def _shares_its_port(server: Any) -> bool:
+    """Return whether SIGUSR2 has started another service, or another one has started this one, and both run."""
+    return bool(server.reexec_pid or (server.master_pid and server.master_pid == os.getppid()))
+
+
+def _wait_for_port(host: str, port: int, *, names: str) -> None:
     """Wait until a port is free. If it is not free after 3 s, end the process, before a database is started in vain.
 
     The workers of a service that was just killed may hold the port for another second.
@@ -213,5 +278,5 @@ def _wait_for_port(host: str, port: int) -> None:
                 return
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                startup.fail(f"cannot listen on {host}, port {port} (HOST and PORT, or --bind): {error.strerror}")
+                startup.fail(f"cannot listen on {host}, port {port} ({names}): {error.strerror}")
             time.sleep(0.1)

@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
 
@@ -14,6 +15,8 @@ import gunicorn.util
 from gunicorn.http import errors
 
 from todo_api.api import problems
+from todo_api.api.middleware import UNKNOWN_ROUTE, without_tokens
+from todo_api.metrics import OTHER, metrics
 from todo_api.server import gunicorn_check
 
 log = logging.getLogger(__name__)
@@ -77,9 +80,8 @@ def install_problems() -> None:
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    if len(message) > _MESSAGE_LENGTH:
-        record.msg, record.args = f"{message[:_MESSAGE_LENGTH]}...", ()
+    message = without_tokens(record.getMessage())
+    record.msg, record.args = message if len(message) <= _MESSAGE_LENGTH else f"{message[:_MESSAGE_LENGTH]}...", ()
     return not message.startswith(_GUNICORNS_LINE)
 
 
@@ -96,8 +98,10 @@ def _write_problem(connection: socket.socket, status: int, _reason: str, _messag
     with suppress(OSError):  # the client may have gone
         peer = connection.getpeername()
     client = peer[0] if isinstance(peer, tuple) else "an unknown address"
-    log.warning("unreadable request from %s: %d %s %s", client, status, detail, request_id)
-    gunicorn.util.write_nonblock(connection, _response(status, detail, request_id))
+    fields = {"client": client, "status": int(status), "request_id": request_id}
+    log.warning(*("unreadable request from %s: %d %s %s", client, status, detail, request_id), extra={"fields": fields})
+    metrics.observe(OTHER, UNKNOWN_ROUTE, str(status), 0)  # the request ends as soon as it is there
+    gunicorn.util.write_nonblock(connection, problem_bytes(status, detail, {"X-Request-ID": request_id}))
 
 
 def _detail(status: int, error: BaseException | None) -> str:
@@ -115,19 +119,20 @@ def _quoted(part: object, attribute: str) -> str:
     if attribute == "hdr" and not re.match(r"[A-Za-z-]{1,40}(?![^:\s])", str(part)):
         return "..."  # not the name of a header; it may be the second line of a long value, such as a token
     ends = r"[?]" if attribute == "req" else r"[?:\s]"
-    return ascii(re.split(ends, str(part), maxsplit=1)[0][:QUOTED])
+    return ascii(without_tokens(re.split(ends, str(part), maxsplit=1)[0])[:QUOTED])
 
 
-def _response(status: int, detail: str, request_id: str) -> bytes:
+def problem_bytes(status: int, detail: str, headers: Mapping[str, str]) -> bytes:
+    """Return a whole response with a problem. The connection closes after it."""
     kind, _ = problems.kind_of(status)
     content = json.dumps(problems.problem(status, kind, detail, "")).encode()
-    headers = {
+    all_headers = {
         "Connection": "close",
         "Content-Type": problems.MEDIA_TYPE,
         "Content-Length": len(content),
         "X-Content-Type-Options": "nosniff",
-        "X-Request-ID": request_id,
+        **headers,
     }
     phrase = HTTPStatus(status).phrase  # not gunicorn's, which is "Bad Request" for a 501
-    lines = [f"HTTP/1.1 {status} {phrase}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    lines = [f"HTTP/1.1 {status} {phrase}", *(f"{name}: {value}" for name, value in all_headers.items()), "", ""]
     return "\r\n".join(lines).encode("ascii") + content
