@@ -12,7 +12,8 @@ import click
 
 from todo_api import create_app, logs, startup
 
-settings = startup.load_settings()
+is_command = bool(click.get_current_context(silent=True))
+settings = startup.load_settings(*([1] if is_command else []))
 logs.configure(settings.log_format, settings.log_level)
 
 from todo_api import server  # after the check: gunicorn reads WEB_CONCURRENCY at its import
@@ -22,6 +23,6 @@ if __name__ == "__main__":
 
 server.install_problems()
 app = create_app(settings)
-if not click.get_current_context(silent=True):  # each flask command prepares what it needs
+if not is_command:  # each flask command prepares what it needs
     startup.prepare_or_fail(settings)
     server.check_hooks(settings)

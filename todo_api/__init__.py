@@ -38,5 +38,5 @@ def create_app(settings: config.Settings | None = None) -> Flask:
     docs.init_app(app)
     health.init_app(app)
     problems.init_app(app)
-    commands.init_app(app, settings)
+    commands.init_app(app, settings, str(app.config["API_VERSION"]))
     return app

@@ -7,17 +7,23 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from todo_api import config, database, embedded, logs, tokens
 from todo_api.config import Settings, StartError
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 # Seconds for which flask migrate repeats an attempt to connect that times out. A start does not repeat it.
 # _CONNECT_TIMEOUTS in database/connection.py limits each attempt.
 _MIGRATE_TIMEOUT = 30
+
+# If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
+_FAILED = 3
 
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these sets. So gunicorn's workers know what the master has done.
@@ -28,15 +34,14 @@ _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be 
 _checked: set[str] = set()
 
 
-def fail(reason: object) -> NoReturn:
+def fail(reason: object, status: int = _FAILED) -> NoReturn:
     """End the process with one line on standard error; line breaks in the reason become spaces."""
     sys.stderr.write(f"todo_api: {' '.join(str(reason).split())}\n")
-    # If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
-    raise SystemExit(3)
+    raise SystemExit(status)
 
 
-def load_settings() -> Settings:
-    """Return the settings, or end the process if they cannot be read or one of them is invalid."""
+def load_settings(status: int = _FAILED) -> Settings:
+    """Return the settings, or end the process with a status if they cannot be read or one of them is invalid."""
     _open_standard_streams()
     try:
         Path.cwd()
@@ -51,7 +56,7 @@ def load_settings() -> Settings:
     except StartError as error:
         if config.wants_json_logs():
             logs.use_json()
-        fail(error)
+        fail(error, status)
     return settings
 
 
@@ -105,8 +110,7 @@ def prepare(settings: Settings) -> str:
         if conninfo not in _migrated:
             if settings.migration_database_url:
                 database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
-            if settings.database_url and not settings.database_pooler:
-                _check_session_settings(conninfo)
+            check_session_settings(settings)
             owner = settings.migration_database_url or conninfo
             role, pooler = settings.database_role, settings.database_pooler
             database.make_role(conninfo, role, pooler=pooler, owner=owner)
@@ -118,8 +122,17 @@ def prepare(settings: Settings) -> str:
         return conninfo
 
 
-def _check_session_settings(conninfo: str) -> None:
-    if not database.has_session_settings(conninfo):
+def check_session_settings(settings: Settings) -> None:
+    """Check that DATABASE_URL leads to no pooler in transaction mode, unless DATABASE_POOLER says so.
+
+    Raises:
+        StartError: it does.
+        UnavailableError: the database cannot be reached.
+
+    """
+    if not settings.database_url or settings.database_pooler:
+        return
+    if not database.has_session_settings(settings.database_url):
         raise StartError(
             "DATABASE_URL leads to a pooler that ignores or rejects session settings: set DATABASE_POOLER=true"
         )
@@ -132,9 +145,14 @@ def _most_connections(settings: Settings) -> int:
     return 2 * settings.web_concurrency * (settings.web_threads + 1) + 20
 
 
+def needed_connections(settings: Settings) -> int:
+    """Return how many connections the service keeps, one for each thread of each worker."""
+    return settings.web_concurrency * settings.web_threads
+
+
 def _check_connection_limit(settings: Settings, conninfo: str) -> None:
     """Log a warning if the service may need more connections than the server allows, and share them out."""
-    needed = settings.web_concurrency * settings.web_threads
+    needed = needed_connections(settings)
     if needed > (limit := database.connection_limit(conninfo)):
         log.warning(
             "%d workers with %d threads each need %d database connections, but the server allows %d: "
@@ -152,24 +170,28 @@ def connection_share(settings: Settings) -> int | None:
     return _shares.get(settings.database_url)
 
 
-def prepare_patiently(settings: Settings) -> None:
-    """Prepare the database. If it does not respond, keep trying for half a minute: a hosted one may have to wake up.
+def patiently(call: Callable[[], Result]) -> Result:
+    """Return the result of a call that connects to the database.
+
+    If the database does not respond, keep trying for half a minute: a hosted one may have to wake up.
 
     Raises:
-        StartError: the database cannot be prepared until a person changes something.
-        UnavailableError: the database cannot be reached.
+        SilentError: the database does not respond.
 
     """
     deadline = time.monotonic() + _MIGRATE_TIMEOUT
     while True:
         try:
-            prepare(settings)
+            return call()
         except database.SilentError as error:
             if time.monotonic() > deadline:
                 raise
             log.warning("the database does not respond yet: %s", _first_line(error))
-        else:
-            return
+
+
+def prepare_patiently(settings: Settings) -> str:
+    """Prepare the database as ``prepare`` does, patiently."""
+    return patiently(lambda: prepare(settings))
 
 
 def prepare_or_fail(settings: Settings) -> None:

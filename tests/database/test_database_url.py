@@ -59,7 +59,7 @@ def test_no_part_of_a_mistyped_url_is_in_the_message(mistyped: str) -> None:
 
 @pytest.mark.parametrize("secret", ["sslpassword", "oauth_client_secret", "scram_client_key"])
 def test_a_secret_that_psql_takes_only_as_an_argument_is_not_passed_to_it(secret: str) -> None:
-    with pytest.raises(config.StartError, match=f"cannot pass {secret} of DATABASE_URL to psql") as raised:
+    with pytest.raises(config.StartError, match=f"{secret} of the database's URL cannot be passed") as raised:
         database_url.libpq_variables(f"postgresql://user@host/name?{secret}={PASSWORD}")
     assert PASSWORD not in str(raised.value)
 

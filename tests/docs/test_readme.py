@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.environment import ROOT, environment
+from tests.support.optional_tools import missing
 from tests.support.postgres import admit_all_roles
 from tests.support.processes import free_port, postmaster_in
 from tests.support.service import Service
@@ -39,8 +40,8 @@ SHOWN: set[tuple[str, str, str]] = set()  # the blocks that a test here uses
 
 
 def block(name: str, start: str, language: str = "sh") -> str:
-    """Return the block of a README that starts with a text."""
-    [found] = [found for found in BLOCKS if found[:2] == (name, language) and found[2].startswith(start)]
+    """Return the block of a README that starts with a text. A README may repeat it."""
+    [found] = {found for found in BLOCKS if found[:2] == (name, language) and found[2].startswith(start)}
     SHOWN.add(found)
     return found[2]
 
@@ -75,6 +76,10 @@ PYTEST = [
     block("tests/README.md", start) for start in (".venv/bin/pytest\n", ".venv/bin/pytest tests", "TEST_DATABASE")
 ]
 BENCHMARKS = block("tests/benchmarks/README.md", ".venv/bin/pip install")
+MOVE = block(".deploy/README.md", ".venv/bin/flask backup")
+COME_ACROSS = block(".deploy/README.md", "POSTGRES_BIN=")
+CHECK = block(".deploy/README.md", ".venv/bin/flask check")
+CHECKED = block(".deploy/README.md", "ok ", "")
 # Used by tests/server/test_image.py, test_systemd.py and tests/failures/test_instances.py.
 IMAGE = block(".deploy/README.md", "docker build -t todo_api --build-arg")
 SETTINGS_FILE = block(".deploy/README.md", "DATABASE_URL=", "")
@@ -84,9 +89,6 @@ REPLACE_CONTAINERS = block(".deploy/README.md", "for number")
 CONTAINER = block(".deploy/README.md", "docker build -t todo_api -f")
 SYSTEMD = block(".deploy/README.md", "useradd")
 SYSTEMD_SOCKET = block(".deploy/README.md", "cp .deploy/todo_api.socket")
-MOVE = block(".deploy/README.md", ".venv/bin/flask backup tasks.backup")
-DUMP = block(".deploy/README.md", ".venv/lib")
-RESTORE = block(".deploy/README.md", "DATA_DIR=")
 
 
 def copy_project(folder: Path) -> Path:
@@ -304,13 +306,38 @@ def test_the_example_of_a_migration_can_be_applied_and_rolled_back(service: Serv
 # ---- .deploy/README.md
 
 
-def test_the_backup_can_be_restored(service: Service, project: Path) -> None:
-    service.client.post("/api/tasks", json={"title": "to be restored"}).raise_for_status()
-    output(DUMP, service, project)
-    unset = "unset DATABASE_URL\n"  # the commands are for the embedded PostgreSQL
-    output(unset + RESTORE, service, project)
-    look = "DATA_DIR=.restored .venv/bin/flask psql -X -At -c 'SELECT title FROM tasks'"
-    assert "to be restored" in output(unset + look, service, project).splitlines()
+UNSET = "unset DATABASE_URL\n"  # so that the commands are for the embedded PostgreSQL
+LOOK = ".venv/bin/flask psql -X -At -c 'SELECT title FROM tasks'"
+
+
+def test_two_commands_move_the_tasks_to_another_database(service: Service, project: Path) -> None:
+    service.client.post("/api/tasks", json={"title": "to be moved"}).raise_for_status()
+    admit_all_roles(project / ".data" / "postgres", postmaster_in(project / ".data"))
+    output(f"createdb -h '{project}/.data/postgres' -U postgres -O todo moved", service, project)
+    (url,) = re.findall(r"'(postgresql://user:password@host/database)\?sslmode=require'", MOVE)
+    move = UNSET + MOVE.replace(f"{url}?sslmode=require", database_url(project, "moved"))
+    assert "The backup is restored" in output(move, service, project)
+    assert "to be moved" in output(LOOK, service, project, database="moved").splitlines()
+
+
+def test_the_tasks_of_another_major_version_come_across(service: Service, project: Path) -> None:
+    (old,) = re.findall(r"POSTGRES_BIN=(\S+)", COME_ACROSS)
+    folder = Path(old)
+    if not folder.exists():
+        folder = next(Path("/usr/lib/postgresql").glob("*/bin"), None) or missing("there is no PostgreSQL in /usr/lib")
+    elsewhere = f"{UNSET}export DATA_DIR=.other\n"  # the service uses .data
+    insert = "INSERT INTO tasks (user_id, title) VALUES ('local', 'across')"
+    first = f'export POSTGRES_BIN={folder}\n.venv/bin/flask migrate\n.venv/bin/flask psql -X -c "{insert}"'
+    output(elsewhere + first, service, project)
+    output(elsewhere + COME_ACROSS.replace(old, str(folder)).replace(".data/", ".other/"), service, project)
+    assert output(elsewhere + LOOK, service, project).splitlines() == ["across"]
+
+
+def test_the_example_of_flask_check_has_the_lines_of_the_command(service: Service, project: Path) -> None:
+    def starts(text: str) -> list[str]:
+        return [line.partition(": ")[0] for line in text.splitlines()]
+
+    assert starts(output(UNSET + CHECK, service, project)) == starts(CHECKED)
 
 
 # ---- tests/README.md

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import flask, message
 from tests.support.embedded import BIN, assert_failed_with_one_line, create_task, has_task, query
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.optional_tools import missing
 from tests.support.processes import servers_in
+from todo_api import embedded
+from todo_api.config import StartError
 
 DISTRIBUTIONS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -51,10 +54,61 @@ def test_the_programs_of_a_distribution_are_used(folder: Path | None, tmp_path: 
         assert query(service, "show server_version").startswith(folder.parent.name)
         assert service.stop() == 0
     assert servers_in(tmp_path) == []
-    service = start(DATA_DIR=tmp_path / "data")
-    if folder.parent.name != "18":
-        assert service.process.wait(timeout=120) == 3
-        assert_failed_with_one_line(service, f"PostgreSQL {folder.parent.name} created", "has PostgreSQL 18")
+
+
+@pytest.mark.parametrize("folder", DISTRIBUTIONS or [None], ids=str)
+def test_the_data_of_another_major_version_come_across_as_the_message_says(
+    folder: Path | None, tmp_path: Path, start: Start
+) -> None:
+    if not folder or folder.parent.name == "18":
+        missing("there is no distribution's PostgreSQL of another version in /usr/lib/postgresql")
+    data_dir, old = tmp_path / "data", folder.parent.name
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=folder).wait()
+    task = service.client.post("/api/tasks", json={"title": "Buy milk"}).json()
+    assert service.stop() == 0
+
+    failed = start(DATA_DIR=data_dir)
+    assert failed.process.wait(timeout=120) == 3
+    assert_failed_with_one_line(
+        failed, f"PostgreSQL {old} created {data_dir}", "has PostgreSQL 18", "flask backup FILE"
+    )
+    assert_failed_with_one_line(failed, f"of PostgreSQL {old}, move {data_dir}/postgres away", "flask restore FILE")
+    assert f"PostgreSQL {old} created" in message(flask("backup", tmp_path / "file", DATA_DIR=data_dir))
+
+    done = flask("backup", tmp_path / "file", DATA_DIR=data_dir, POSTGRES_BIN=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"PostgreSQL {old} created" in message(flask("restore", tmp_path / "file", DATA_DIR=data_dir))
+    (data_dir / "postgres").rename(tmp_path / "away")
+    done = flask("restore", tmp_path / "file", DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stderr
+    newer = start(DATA_DIR=data_dir).wait()
+    assert newer.client.get("/api/tasks").json() == [task]
+    assert newer.client.post("/api/tasks", json={"title": "next"}).json()["id"] == task["id"] + 1
+    assert newer.stop() == 0
+
+    # And back. The pg_restore of the package reads the file of the newer pg_dump.
+    assert flask("backup", tmp_path / "newer", DATA_DIR=data_dir).returncode == 0
+    done = flask("restore", tmp_path / "newer", DATA_DIR=tmp_path / "back", POSTGRES_BIN=folder)
+    assert (done.returncode, done.stdout) == (0, "The backup is restored: 2 tasks and 0 idempotency keys.\n")
+    assert servers_in(tmp_path) == []
+
+
+def test_a_pg_dump_is_not_older_than_the_server_and_has_tls_if_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "pg_dump"
+    older.write_text("#!/bin/sh\necho 'pg_dump (PostgreSQL) 14.9 (Debian)'\n")
+    older.chmod(0o755)
+    monkeypatch.setenv("PATH", f"/nowhere:{tmp_path}")
+    package = f"{BIN / 'pg_dump'}"
+    assert embedded.pg_dump(None, 14, needs_tls=False) == str(older)
+    assert embedded.pg_dump(None, 15, needs_tls=False) == package
+    assert embedded.pg_dump(BIN, 14, needs_tls=False) == package
+    with pytest.raises(StartError) as raised:
+        embedded.pg_dump(None, 15, needs_tls=True)
+    assert "there is no pg_dump for a server of PostgreSQL 15 with TLS" in str(raised.value)
+    assert f"({older} (14.9) is older, {package} (18.6) has no TLS): install" in str(raised.value)
+    assert embedded.pg_restore(None) == str(BIN / "pg_restore")
 
 
 def test_a_wrong_folder_fails_with_one_line_and_changes_nothing(tmp_path: Path, start: Start) -> None:
@@ -113,11 +167,14 @@ def test_without_the_package_everything_works_with_database_url(
         assert re.fullmatch(output, done.stdout), done.stderr
 
 
-def test_without_the_package_and_without_a_psql_flask_psql_fails_with_one_line(
-    python_without_package: list[str], database_url: str
+@pytest.mark.parametrize("arguments", [["psql"], ["backup", "new"], ["restore", "file"]], ids=str)
+def test_without_the_package_and_without_client_programs_a_command_fails_with_one_line(
+    arguments: list[str], python_without_package: list[str], database_url: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "file").touch()
+    files = [str(tmp_path / name) for name in arguments[1:]]
     done = subprocess.run(
-        [*python_without_package, "flask", "--app", "wsgi", "psql"],
+        [*python_without_package, "flask", "--app", "wsgi", arguments[0], *files],
         cwd=ROOT,
         env=environment(DATABASE_URL=database_url, PATH="/nowhere"),
         capture_output=True,

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,11 +14,11 @@ import psutil
 import psycopg
 import pytest
 
+from tests.support.commands import FLASK, flask
 from tests.support.environment import ROOT, environment
 from tests.support.processes import children, postmaster_in, servers_in, wait_until
 from tests.support.service import Service
 
-FLASK = [sys.executable, "-m", "flask", "--app", "wsgi"]
 PLAIN = ["-X", "-A", "-t"]
 LIST = ["--set=user_id=local", "-f", "sql/tasks/list.sql"]
 
@@ -41,20 +40,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def data_dir(service: Service) -> Path:
     """Return the DATA_DIR of the running service."""
     return service.log_file.with_name("data")
-
-
-def flask(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run a flask command and wait for its end."""
-    return subprocess.run(
-        [*FLASK, *arguments],
-        cwd=ROOT,
-        env=environment(**settings),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_migrate_can_be_repeated_while_the_service_runs(service: Service, data_dir: Path) -> None:

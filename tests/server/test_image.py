@@ -1,6 +1,8 @@
 """The image of .deploy/Dockerfile, built and run as the README says, with what Docker withholds withheld."""
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from tests.docs.test_readme import (
     CONTAINER,
     IMAGE,
+    MOVE,
     READMES,
     REPLACE_CONTAINERS,
     SETTINGS_FILE,
@@ -18,7 +21,9 @@ from tests.docs.test_readme import (
     UPSTREAM,
     listed_by_git,
 )
+from tests.support.embedded import create_task, has_task
 from tests.support.engine import Engine
+from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.load import Load, assert_acknowledged_once
 from tests.support.nginx import INSTANCE, start_nginx
@@ -227,8 +232,15 @@ def test_two_containers_behind_nginx_serve_a_hosted_postgresql_and_are_replaced_
     engine: Engine, port: int, start: Start, tmp_path: Path
 ) -> None:
     database = postgres_on_tcp(tmp_path)
-    given = re.sub("(?m)^AUTH_.*\n", "", SETTINGS_FILE)
     url = f"postgresql://postgres@127.0.0.1:{database.port}/postgres"
+    laptop = start(DATA_DIR=tmp_path / "laptop").wait()
+    task = create_task(laptop)
+    move = re.sub("'postgresql:.*'", url, MOVE).replace(
+        ".venv/bin/flask", f"{sys.executable} -m flask --app {ROOT}/wsgi"
+    )
+    settings = environment(DATA_DIR=tmp_path / "laptop")
+    subprocess.run(["sh", "-ec", move], cwd=tmp_path, env=settings, check=True)
+    given = re.sub("(?m)^AUTH_.*\n", "", SETTINGS_FILE)
     (tmp_path / "todo_api.env").write_text(re.sub("(?m)^(DATABASE_URL)=.*", rf"\1={url}", given), encoding="utf-8")
     ports, metrics = two_ports(), two_ports()
 
@@ -242,8 +254,7 @@ def test_two_containers_behind_nginx_serve_a_hosted_postgresql_and_are_replaced_
 
     engine.run(with_our_ports(START_CONTAINERS), tmp_path)
     containers = [Service(tmp_path / "unused", ["true"], PORT=int(f"{ports}{number}")) for number in (1, 2)]
-    for container in containers:
-        wait_until(container.answers)
+    wait_until(lambda: all(has_task(container, task) for container in containers))
     assert [line.strip() for line in UPSTREAM.splitlines()] == [INSTANCE.replace("8000", f"800{n}") for n in (1, 2)]
     nginx = start_nginx(start, tmp_path, *containers)
     before = engine.run("docker ps --quiet").split()
@@ -259,6 +270,9 @@ def test_two_containers_behind_nginx_serve_a_hosted_postgresql_and_are_replaced_
     for number in (1, 2):
         engine.run(f"podman healthcheck run todo_api_{number}")
         assert "POST /api/tasks" in engine.call(f"docker logs todo_api_{number}").stderr
+        figures = httpx.get(f"http://127.0.0.1:{metrics}{number}/metrics").text
+        assert 'todo_api_http_requests_total{method="POST",route="/api/tasks",status="201"}' in figures
     assert set(load.statuses()) == {httpx.codes.CREATED}
+    database.execute("DELETE FROM tasks WHERE title = 'Buy milk'")  # it was not sent here
     assert_acknowledged_once(load.calls, database.conninfo)
     engine.run("docker stop todo_api_1 todo_api_2")

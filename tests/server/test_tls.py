@@ -5,12 +5,13 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.server.test_commands import FLASK
+from tests.support.commands import FLASK, flask, message
 from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Start
 from tests.support.optional_tools import missing, program
@@ -43,12 +44,19 @@ class TlsRelay(SlowRelay):
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[TlsRelay]:
     """Run a PostgreSQL behind TLS with a certificate of a new authority, whose certificate is ca.crt."""
+    with postgres_with_tls(tmp_path) as relay:
+        yield relay
+
+
+@contextmanager
+def postgres_with_tls(folder: Path, postgres_bin: Path | None = None) -> Iterator[TlsRelay]:
+    """Run a PostgreSQL behind TLS during a block, and create the certificates in a folder."""
     program("openssl")
-    subprocess.run(["sh", "-ec", CA], cwd=tmp_path, check=True, capture_output=True)
-    postgres = Postgres(tmp_path / "server")
+    subprocess.run(["sh", "-ec", CA], cwd=folder, check=True, capture_output=True)
+    postgres = Postgres(folder / "server", postgres_bin)
     relay = TlsRelay(postgres.conninfo)
     relay.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    relay.context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    relay.context.load_cert_chain(folder / "server.crt", folder / "server.key")
     yield relay
     relay.close()
     postgres.stop()
@@ -96,6 +104,33 @@ def broken_psql(tmp_path: Path) -> Path:
 def test_a_psql_that_fails_is_not_used(broken_psql: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(broken_psql))
     assert embedded.psql() == str(programs.find(None).folder / "psql")
+
+
+def test_a_backup_over_tls_needs_a_pg_dump_with_tls_and_a_restore_does_not(
+    relay: TlsRelay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    url = f"postgresql://postgres@localhost:{relay.port}/postgres?sslmode="
+    assert flask("migrate", DATABASE_URL=f"{url}disable").returncode == 0
+    done = flask("backup", tmp_path / "backup", DATABASE_URL=f"{url}disable")
+    assert done.returncode == 0, done.stderr
+    for mode in ("require", "prefer"):  # the connection of the service uses TLS with both
+        text = message(flask("backup", tmp_path / "other", DATABASE_URL=f"{url}{mode}"))
+        assert "there is no pg_dump for a server of PostgreSQL 18 with TLS" in text
+    assert not (tmp_path / "other").exists()
+    done = flask("restore", tmp_path / "backup", DATABASE_URL=f"{url}require")
+    assert (done.returncode, done.stdout) == (0, "The backup is restored: 0 tasks and 0 idempotency keys.\n")
+
+
+def test_a_backup_over_tls_uses_a_pg_dump_of_the_system(tmp_path: Path) -> None:
+    distributions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not distributions:
+        missing("there is no distribution's PostgreSQL in /usr/lib/postgresql")
+    with postgres_with_tls(tmp_path, distributions[0]) as relay:
+        url = f"postgresql://postgres@localhost:{relay.port}/postgres?sslmode=require"
+        assert flask("migrate", DATABASE_URL=url).returncode == 0
+        done = flask("backup", tmp_path / "backup", DATABASE_URL=url)
+        assert (done.returncode, ": 0 tasks, " in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize("rest", ["sslmode=require", "sslrootcert=system"])

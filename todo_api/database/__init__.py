@@ -12,6 +12,8 @@ from weakref import WeakSet
 import psycopg
 
 from todo_api.database import statements
+from todo_api.database.backup import Contents, program_parameters, restore, snapshot
+from todo_api.database.backup import check as check_backup
 from todo_api.database.connection import Query, Values, connection_limit, has_session_settings
 from todo_api.database.errors import (
     InvalidValueError,
@@ -22,20 +24,26 @@ from todo_api.database.errors import (
     translated,
 )
 from todo_api.database.migrations import apply as apply_migrations
+from todo_api.database.migrations import pending as pending_migrations
 from todo_api.database.pool import Pool, State
+from todo_api.database.role import check as check_role
 from todo_api.database.role import ensure as ensure_role
 from todo_api.database.role import make as make_role
+from todo_api.database.server import server_of
 from todo_api.database.statements import SEPARATOR
-from todo_api.database.url import asks_for_tls, check_url, libpq_variables
+from todo_api.database.url import asks_for_tls, check_url, libpq_variables, without_secrets
 
 __all__ = [
     "SEPARATOR",
+    "Contents",
     "Database",
     "InvalidValueError",
     "SilentError",
     "UnavailableError",
     "apply_migrations",
     "asks_for_tls",
+    "check_backup",
+    "check_role",
     "check_url",
     "connection_limit",
     "ensure_role",
@@ -43,7 +51,13 @@ __all__ = [
     "has_session_settings",
     "libpq_variables",
     "make_role",
+    "pending_migrations",
     "pool_state",
+    "program_parameters",
+    "restore",
+    "server_of",
+    "snapshot",
+    "without_secrets",
 ]
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import glob
 import hashlib
 import io
 import logging
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -63,7 +64,14 @@ class _Backend(PostgresqlPsycopgBackend):
             raise StartError(f"migration {migration.id} failed: {first_line(error)}") from error
         self.mark_one(migration, log=False)
         # yoyo's own log_migration fails for a user without a passwd entry, and may wait for a name server.
-        _run(self, "log_migration", migration_id=migration.id, checksum=_checksum(migration), hostname=gethostname())
+        checksum = _checksum(migration)
+        run(
+            self.connection,
+            "database/log_migration",
+            migration_id=migration.id,
+            checksum=checksum,
+            hostname=gethostname(),
+        )
 
 
 def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
@@ -75,27 +83,85 @@ def apply(conninfo: str, folder: Path = statements.MIGRATIONS) -> list[str]:
         UnavailableError: the database cannot be reached.
 
     """
-    migrations = _read(folder)
+    migrations = read(folder)
+    with locked(conninfo) as backend:
+        return apply_pending(backend, migrations)
+
+
+def pending(conninfo: str) -> tuple[int, list[str]]:
+    """Return the number of applied migrations and the names of the pending ones, without changing anything.
+
+    Raises:
+        StartError: a migration was edited after it was applied, or the database has an unknown one.
+        UnavailableError: the database cannot be reached.
+
+    """
+    known = read()
+    applied: dict[str, str | None] = {}
+    try:
+        with NetworkConnection.connect(conninfo, autocommit=True, prepare_threshold=None) as connection:
+            applied = dict(run(connection, "database/applied_migrations").fetchall())
+    except psycopg.OperationalError as error:
+        raise unreachable(error) from error
+    except psycopg.errors.UndefinedTable:
+        pass  # none is applied
+    except psycopg.Error as error:
+        raise StartError(f"the record of the migrations cannot be read: {first_line(error)}") from error
+    check_applied(applied, known)
+    return len(applied), [migration.id for migration in known if migration.id not in applied]
+
+
+@contextmanager
+def locked(conninfo: str, failure: str = "the migrations cannot be applied") -> Iterator[_Backend]:
+    """Run a block in one transaction, while no other process migrates the database, and yield yoyo's backend for it.
+
+    ``failure`` begins the message if the block fails.
+
+    Raises:
+        StartError: the block fails with an error of the database, or the database's encoding is not UTF8.
+        UnavailableError: the database cannot be reached.
+
+    """
     try:
         with _Backend(conninfo) as backend, backend.transaction():
             _check_encoding(backend.connection)
-            _run(backend, "migration_isolation")
-            _run(backend, "migration_lock")
+            run(backend.connection, "database/migration_isolation")
+            run(backend.connection, "database/migration_lock")
             internalmigrations.upgrade(backend)
-            _check_applied(dict(_run(backend, "applied_migrations").fetchall()), migrations)
-            pending = backend.to_apply(migrations)
-            for migration in pending:
-                backend.apply_one(migration)
-            return [migration.id for migration in pending]
+            yield backend
     except psycopg.OperationalError as error:
         raise unreachable(error) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise StartError(
-            f"the migrations cannot be applied: {first_line(error)}: let the role create tables (GRANT CREATE ON "
+            f"{failure}: {first_line(error)}: let the role create tables (GRANT CREATE ON "
             "SCHEMA), or set MIGRATION_DATABASE_URL to a URL with a role that may create tables"
         ) from error
     except psycopg.Error as error:
-        raise StartError(f"the migrations cannot be applied: {first_line(error)}") from error
+        raise StartError(f"{failure}: {first_line(error)}") from error
+
+
+def apply_pending(backend: _Backend, migrations: MigrationList) -> list[str]:
+    """Apply the migrations that are not applied yet, in the current transaction, and return their names.
+
+    Raises:
+        StartError: a migration was edited after it was applied, or fails, or the database has an unknown one.
+
+    """
+    check_applied(dict(run(backend.connection, "database/applied_migrations").fetchall()), migrations)
+    pending = backend.to_apply(migrations)
+    for migration in pending:
+        backend.apply_one(migration)
+    return [migration.id for migration in pending]
+
+
+def roll_back(backend: _Backend, migrations: MigrationList, kept: set[str]) -> None:
+    """Roll back the applied migrations but those that are kept, the newest first, in the current transaction."""
+    for migration in backend.to_rollback(migrations):
+        if migration.id not in kept:
+            log.info("rolling back migration %s", migration.id)
+            with redirect_stdout(io.StringIO()):
+                migration.process_steps(backend, "rollback")
+            backend.unmark_one(migration, log=False)
 
 
 def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:
@@ -104,7 +170,13 @@ def _check_encoding(connection: psycopg.Connection[TupleRow]) -> None:
         raise StartError(f"the database's encoding is {encoding}; it must be UTF8, so that it can store all text")
 
 
-def _read(folder: Path) -> MigrationList:
+def read(folder: Path = statements.MIGRATIONS) -> MigrationList:
+    """Return the migrations in a folder, in the order in which they are applied.
+
+    Raises:
+        StartError: there are none, or one is invalid or not transactional.
+
+    """
     try:
         migrations = read_migrations(glob.escape(str(folder)))
         for migration in migrations:
@@ -122,7 +194,13 @@ def _read(folder: Path) -> MigrationList:
     return migrations
 
 
-def _check_applied(applied: dict[str, str | None], migrations: MigrationList) -> None:
+def check_applied(applied: Mapping[str, str | None], migrations: MigrationList) -> None:
+    """Check the applied migrations of a database, which have the checksum of their file or None.
+
+    Raises:
+        StartError: one of them is unknown, or was edited after it was applied.
+
+    """
     known = {migration.id: _checksum(migration) for migration in migrations}
     for name, checksum in applied.items():
         if name not in known:
@@ -138,6 +216,7 @@ def _checksum(migration: Migration) -> str:
     return hashlib.sha256(Path(migration.path).read_text(encoding="utf-8").encode()).hexdigest()
 
 
-def _run(backend: _Backend, name: str, **parameters: str) -> psycopg.Cursor[TupleRow]:
-    statement = statements.load()[f"database/{name}"]
-    return psycopg.RawCursor(backend.connection).execute(statement.rows, [parameters[n] for n in statement.parameters])
+def run(connection: psycopg.Connection[TupleRow], name: str, /, **parameters: object) -> psycopg.Cursor[TupleRow]:
+    """Run a statement of sql/ on a connection of psycopg, and return its cursor."""
+    sql, values = statements.load()[name].query(**parameters)
+    return psycopg.RawCursor(connection).execute(sql, [value.decode() for value in values])

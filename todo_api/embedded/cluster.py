@@ -100,8 +100,9 @@ def check_version(cluster: Path, programs: Programs) -> None:
         version = (cluster / "PG_VERSION").read_text(encoding="utf-8", errors="replace").strip()
         if version.isdecimal() and version != str(programs.major):
             raise StartError(
-                f"PostgreSQL {version} created {cluster}, and {programs.folder} has PostgreSQL {programs.major}: set "
-                f"POSTGRES_BIN to the folder of the programs of PostgreSQL {version}"
+                f"PostgreSQL {version} created {cluster}, and {programs.folder} has PostgreSQL {programs.major}: run "
+                f"flask backup FILE with POSTGRES_BIN set to the folder of the programs of PostgreSQL {version}, move "
+                f"{cluster} away, and run flask restore FILE without it; or go on with PostgreSQL {version} there"
             )
 
 

@@ -5,8 +5,10 @@ The Python code of that package is not used, because it is not safe enough for p
 
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,7 +18,7 @@ from todo_api.config import StartError
 
 _NEEDED = ("postgres", "initdb", "createuser", "createdb", "pg_isready", "psql")
 _PING_RESULTS = range(4)
-_OLDEST, _NEWEST = 15, 18
+VERSIONS = range(15, 19)  # the major versions that are supported
 # PostgreSQL gets nothing of the service's environment: no secrets, no libpq variables of another server. With this
 # locale its messages are in English.
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}
@@ -66,6 +68,36 @@ class Programs:
         return done.returncode
 
 
+@dataclass(frozen=True)
+class Client:
+    """A program that connects to a PostgreSQL or reads its files, such as pg_dump, and its version."""
+
+    path: str
+    version: tuple[int, ...]  # such as (18, 6)
+
+    def __str__(self) -> str:
+        """Return its path and its version."""
+        return f"{self.path} ({'.'.join(map(str, self.version))})"
+
+
+def clients(name: str, folder: Path | None) -> Iterator[Client]:
+    """Return the programs of a name: that in a folder, those of the system, and that of the package."""
+    folders = [*([folder] if folder else []), *os.get_exec_path()]
+    with suppress(StartError):
+        folders.append(_package_folder())
+    for searched in map(str, folders):
+        path = shutil.which(name, path=searched)
+        # Without a client package, Debian's programs are scripts that fail.
+        if path and (found := re.search(r"\(PostgreSQL\) (\d+)\.?(\d*)", _output([path, "--version"]))):
+            yield Client(path, tuple(int(part) for part in found.groups() if part))
+
+
+def _output(command: Sequence[str]) -> str:
+    with suppress(StartError):
+        return _call(command).stdout
+    return ""
+
+
 def succeeds(command: Sequence[str]) -> bool:
     """Return whether a command succeeds, in the environment of this process."""
     try:
@@ -112,9 +144,10 @@ def _check(folder: Path, source: str) -> Programs:
     version = re.search(r"\(PostgreSQL\) (\d+)", done.stdout)
     if not version:
         raise StartError(f"{source}: {folder / 'postgres'} does not run: {' '.join(done.stderr.split())}")
-    if not _OLDEST <= int(version[1]) <= _NEWEST:
+    if int(version[1]) not in VERSIONS:
         raise StartError(
-            f"{source}: {folder} has PostgreSQL {version[1]}; the versions {_OLDEST} to {_NEWEST} are supported"
+            f"{source}: {folder} has PostgreSQL {version[1]}; the versions {VERSIONS[0]} to {VERSIONS[-1]} are "
+            "supported"
         )
     return Programs(folder, int(version[1]))
 

@@ -10,7 +10,14 @@ from todo_api.config import Settings
 from todo_api.tokens.errors import InvalidTokenError, KeysUnavailableError
 from todo_api.tokens.key_set import start_fetching
 
-__all__ = ["InvalidTokenError", "KeysUnavailableError", "check_key_file", "create_verifier", "start_fetching"]
+__all__ = [
+    "InvalidTokenError",
+    "KeysUnavailableError",
+    "check_key_file",
+    "check_keys",
+    "create_verifier",
+    "start_fetching",
+]
 
 
 def create_verifier(settings: Settings) -> Callable[[str], str] | None:
@@ -25,6 +32,18 @@ def create_verifier(settings: Settings) -> Callable[[str], str] | None:
     return Verifier(settings.auth_jwks, settings.auth_issuer, settings.auth_audience).user_id
 
 
+def check_keys(settings: Settings) -> int:
+    """Fetch or read the key set of AUTH_JWKS, and return the number of its keys that can verify tokens.
+
+    Raises:
+        StartError: it cannot be fetched or read, or has no such key.
+
+    """
+    from todo_api.tokens import keys
+
+    return keys.check(settings.auth_jwks)
+
+
 def check_key_file(settings: Settings) -> None:
     """Check the key set if AUTH_JWKS is a file.
 
@@ -35,4 +54,4 @@ def check_key_file(settings: Settings) -> None:
     if settings.auth_jwks and "://" not in settings.auth_jwks:
         from todo_api.tokens import keys
 
-        keys.check_file(settings.auth_jwks)
+        keys.check(settings.auth_jwks)

@@ -99,17 +99,21 @@ def load(source: str) -> list[Key]:
     return found
 
 
-def check_file(path: str) -> None:
-    """Check that a file is a key set whose keys can be used.
+def check(source: str) -> int:
+    """Return the number of keys that can be used of a key set. ``source`` is a URL, or the path of a file.
 
     Raises:
-        StartError: it is not.
+        StartError: there is none, or the key set cannot be fetched or read.
 
     """
+    shown = source.partition("?")[0] if "://" in source else source  # a query may have a password
     try:
-        load(path)
+        found = load(source)
     except KeySetError as error:
-        raise StartError(f"AUTH_JWKS: {path}: {error}") from error
+        raise StartError(f"AUTH_JWKS: {shown}: {error}") from error
+    if not found:
+        raise StartError(f"AUTH_JWKS: {shown}: it has no key that can be used")
+    return len(found)
 
 
 def _read(path: Path) -> bytes:
