@@ -370,7 +370,7 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", READMES[name]) if not link.startswith("https://")]
     for link in links:
         path, _, heading = link.partition("#")
-        target = (ROOT / name).parent / path
+        target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), link
         if heading:
             lines = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
