@@ -142,7 +142,7 @@ def restart(begin: Callable[..., Service]) -> Callable[[list[Service], int], Non
 
     def restart(services: list[Service], number: int) -> None:
         assert services[number].stop() == 0
-        services[number] = begin(DRAIN_SECONDS=1, PORT=services[number].port)
+        services[number] = begin(DRAIN_SECONDS=number, PORT=services[number].port)
 
     return restart
 
@@ -154,7 +154,7 @@ def test_no_request_fails_and_none_is_done_twice_while_two_services_behind_nginx
     db: Database,
     figure: Figure,
 ) -> None:
-    services = [begin(DRAIN_SECONDS=1) for _ in range(2)]
+    services = [begin(DRAIN_SECONDS=number) for number in range(2)]  # one of them does not drain
     nginx = start_nginx(start, services[0].log_file.parent, *services)
     with Load(nginx, 50) as load:
         for number in (0, 1, 0):

@@ -206,6 +206,8 @@ def test_killed_workers_leave_their_counts_but_no_gauges_and_no_memory_grows(beg
             wait_until(partial(are_replaced, [worker], service))
     wait_until(lambda: value(scrape(url), GAUGES[0]) == 8)
     wait_until(lambda: value(scrape(url), GAUGES[1]) == 8)
+    service.process.send_signal(signal.SIGTTOU)  # one worker less
+    wait_until(lambda: value(scrape(url), GAUGES[0]) == 4, timeout=60)
     assert value(scrape(url), REQUESTS, route="/docs") == counted
     assert 0 < memory_of(service) < 60_000
 
