@@ -119,10 +119,7 @@ def _owner_url(settings: Settings) -> tuple[str, bool]:
 
     Before that, start an embedded server, or wait until a hosted one has woken up.
     """
-    conninfo = startup.ensure_server(settings)
-    if settings.migration_database_url:
-        database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
-    owner = settings.migration_database_url or conninfo
+    owner = startup.owner_url(settings, startup.ensure_server(settings))
     return owner, startup.patiently(lambda: database.has_session_settings(owner))
 
 

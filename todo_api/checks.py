@@ -113,17 +113,13 @@ def _conninfo(settings: Settings) -> str:
     return startup.ensure_server(settings)
 
 
-def _owner(settings: Settings) -> str:
-    return settings.migration_database_url or _conninfo(settings)
-
-
 def _pooler(settings: Settings) -> str:
     startup.check_session_settings(settings)
     return "in transaction mode, as DATABASE_POOLER says" if settings.database_pooler else "none"
 
 
 def _migrations(settings: Settings) -> str:
-    applied, pending = database.pending_migrations(_owner(settings))
+    applied, pending = database.pending_migrations(startup.owner_url(settings, _conninfo(settings)))
     if pending:
         raise StartError(f"{len(pending)} pending ({', '.join(pending)}): start the service, or run flask migrate")
     return f"{applied} applied, none pending"

@@ -94,6 +94,18 @@ def ensure_server(settings: Settings) -> str:
     return settings.database_url
 
 
+def owner_url(settings: Settings, conninfo: str) -> str:
+    """Return the connection string of the role that owns the tables. ``conninfo`` is that of the service.
+
+    Raises:
+        StartError: MIGRATION_DATABASE_URL is invalid.
+
+    """
+    if settings.migration_database_url:
+        database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
+    return settings.migration_database_url or conninfo
+
+
 def prepare(settings: Settings) -> str:
     """Start and migrate the database if necessary, and return its connection string.
 
@@ -108,10 +120,8 @@ def prepare(settings: Settings) -> str:
     with _locks.setdefault(settings.database_url or str(settings.data_dir), threading.Lock()):
         conninfo = ensure_server(settings)
         if conninfo not in _migrated:
-            if settings.migration_database_url:
-                database.check_url("MIGRATION_DATABASE_URL", settings.migration_database_url)
+            owner = owner_url(settings, conninfo)
             check_session_settings(settings)
-            owner = settings.migration_database_url or conninfo
             role, pooler = settings.database_role, settings.database_pooler
             database.make_role(conninfo, role, pooler=pooler, owner=owner)
             database.apply_migrations(owner)

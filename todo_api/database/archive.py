@@ -11,7 +11,7 @@ from todo_api.config import StartError
 
 _NAME = rb'(?:[a-z_][a-z0-9_$]*|"(?:[^"]|"")+")'
 _COPY = re.compile(rb"COPY (?:%(name)s\.)?(%(name)s) \((%(name)s(?:, %(name)s)*)\) FROM stdin;" % {b"name": _NAME})
-_NEXT_ID = re.compile(rb"SELECT pg_catalog\.setval\('[^\\]+', ([0-9]{1,19}), (true|false)\);")
+_NEXT_ID = re.compile(rb"SELECT pg_catalog\.setval\(.+, ([0-9]{1,19}), (true|false)\);")
 # What else pg_restore writes: comments, its own settings, and psql's \restrict.
 _REST = re.compile(
     rb"(?:--.*|SET client_encoding = 'UTF8';|SET (?!client_encoding)[a-z_]+ = [^;]*;"

@@ -22,9 +22,8 @@ from todo_api.database.migrations import run
 
 _BOOKKEEPING = "_yoyo_migration"
 _ID_OF_MIGRATION = "migration_id"
+_FOREIGN = "the file is not a backup of this service: it lacks the record of the migrations, or the ids"
 _OWNER = "set MIGRATION_DATABASE_URL to a URL with the role that owns the tables"
-
-
 # Let a program notice in half a minute that the network drops every packet.
 _NETWORK: dict[str, str | int] = {
     "connect_timeout": 10,  # seconds
@@ -152,17 +151,24 @@ def check(script: Iterable[bytes]) -> Contents:
             numbers += 1
         elif part.table != _BOOKKEEPING:
             size += sum(map(len, part.lines))
-        elif _ID_OF_MIGRATION in part.columns:
-            column = part.columns.index(_ID_OF_MIGRATION)
-            applied |= {line.rstrip(b"\n").split(b"\t")[column].decode(errors="replace") for line in part.lines}
+        else:
+            applied |= set(_migrations_in(part))
     known = [migration.id for migration in migrations.read()]
     if unknown := sorted(applied - set(known)):
         raise StartError(
             f"the file is of a newer version of the service: it has migration {unknown[0]}, which sql/migrations lacks"
         )
     if not applied or numbers != 1 or applied != set(known[: len(applied)]):
-        raise StartError("the file is not a backup of this service: it lacks the record of the migrations, or the ids")
+        raise StartError(_FOREIGN)
     return Contents(applied, size)
+
+
+def _migrations_in(rows: archive.Rows) -> Iterator[str]:
+    for line in rows.lines:
+        values = line.decode(errors="replace").rstrip("\n").split("\t")
+        if len(values) != len(rows.columns) or _ID_OF_MIGRATION not in rows.columns:
+            raise StartError(_FOREIGN)
+        yield values[rows.columns.index(_ID_OF_MIGRATION)]
 
 
 def restore(
