@@ -126,10 +126,12 @@ def _migrations(settings: Settings) -> str:
 
 
 def _role(settings: Settings) -> str:
-    database.check_role(_conninfo(settings), settings.database_role, pooler=settings.database_pooler)
-    if not settings.database_role:
+    conninfo, role, pooler = _conninfo(settings), settings.database_role, settings.database_pooler
+    database.suited_to_citus(conninfo, role=role, pooler=pooler)
+    database.check_role(conninfo, role, pooler=pooler)
+    if not role:
         return "none, so only the statements keep users apart"
-    return f"{settings.database_role}, and row-level security holds for it"
+    return f"{role}, and row-level security holds for it"
 
 
 def _connections(settings: Settings) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 
 from tests.support.databases import administrator, as_url, migrate, new_database
@@ -81,23 +81,38 @@ def test_a_run_clears_at_most_1000_keys_of_each_of_1000_users(
     assert key_count(owner) == 3500
 
 
+@pytest.fixture
+def login(database: str) -> Iterator[str]:
+    """Return the connection string of a role that may work as todo_app, and owns nothing."""
+    parts = {"user": f"login_{conninfo_to_dict(database)['dbname']}", "password": "secret"}
+    role = sql.Identifier(parts["user"])
+    with psycopg.connect(administrator(database), autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {0} LOGIN PASSWORD 'secret' NOINHERIT; GRANT todo_app TO {0}").format(role))
+        admin.execute(sql.SQL("GRANT SELECT ON _yoyo_log, _yoyo_migration, _yoyo_version TO {}").format(role))
+        yield make_conninfo(database, **parts)
+        admin.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+
+
 def test_the_tables_owner_clears_them_if_the_service_logs_in_as_another_role(
-    database: str, owner: psycopg.Connection[TupleRow], start: Start
+    database: str, login: str, owner: psycopg.Connection[TupleRow], start: Start
 ) -> None:
     owner.execute(ABANDONED, [7, "49 hours", 70])
-    parts = {"user": f"login_{owner.info.dbname}", "password": "secret"}
-    login = sql.Identifier(parts["user"])
-    with psycopg.connect(administrator(database), autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE ROLE {0} LOGIN PASSWORD 'secret' NOINHERIT; GRANT todo_app TO {0}").format(login))
-        try:
-            service = start(
-                DATABASE_URL=as_url(make_conninfo(database, **parts)), MIGRATION_DATABASE_URL=as_url(database)
-            ).wait()
-            create_once(service, "mine")
-            wait_until(lambda: key_count(owner) == 1)
-            assert service.stop() == 0
-        finally:
-            admin.execute(sql.SQL("DROP ROLE {}").format(login))
+    service = start(DATABASE_URL=as_url(login), MIGRATION_DATABASE_URL=as_url(database)).wait()
+    create_once(service, "mine")
+    wait_until(lambda: key_count(owner) == 1)
+    assert service.stop() == 0
+
+
+def test_a_log_line_names_the_setting_that_is_missing_if_row_level_security_hides_the_keys(
+    login: str, owner: psycopg.Connection[TupleRow], start: Start
+) -> None:
+    owner.execute(ABANDONED, [7, "49 hours", 70])
+    service = start(DATABASE_URL=as_url(login)).wait()  # somebody else has applied the migrations
+    create_once(service, "mine")
+    wait_until(lambda: "old idempotency keys are not cleared: row-level security hides them" in service.log())
+    assert "set MIGRATION_DATABASE_URL" in service.log()
+    assert key_count(owner) == 71
+    assert service.stop() == 0
 
 
 def test_a_failure_is_logged_and_no_request_fails(

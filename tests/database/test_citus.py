@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
+from tests.support.commands import flask
 from tests.support.databases import TABLES, administrator, as_url, migrate, new_database
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
@@ -84,6 +85,8 @@ def test_a_start_with_shared_out_tables_and_a_role_ends_with_one_line(
         refused.log().splitlines()[-1],
     )
     assert "Traceback" not in refused.log()
+    checked = flask("check", DATABASE_URL=as_url(database))
+    assert "\nFAIL role: the tables are shared out with Citus, " in checked.stdout
     service = start(DATABASE_URL=as_url(database), DATABASE_ROLE="").wait()
     task = service.client.post("/api/tasks", json={"title": "a"}).json()
     assert service.client.get("/api/tasks").json() == [task]

@@ -22,7 +22,10 @@ from todo_api.database import statements
 
 TESTS = [
     *(f"tests/api/test_{name}.py" for name in ("tasks", "pages", "conditions", "idempotency", "concurrency")),
-    *(f"tests/database/test_{name}.py" for name in ("psql", "row_level_security")),
+    *(
+        f"tests/database/test_{name}.py"
+        for name in ("abandoned_keys", "constraints", "isolation", "psql", "row_level_security")
+    ),
 ]
 OF_ONE_USER = {**TASK_STATEMENTS, "database/clear_abandoned_keys": LOADED["database/clear_abandoned_keys"]}
 JSON_FORMS = [(name, "rows_json" if name == "tasks/list" else "row_json") for name in TASK_STATEMENTS]

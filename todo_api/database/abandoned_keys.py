@@ -21,6 +21,10 @@ _PAUSE = 3600  # seconds between two runs in one process
 _SHORT_PAUSE = 60  # seconds, if there may be more keys
 _MOST_KEYS = 1000  # of one run: the LIMIT in abandoned_keys.sql
 _FAILED = "old idempotency keys are not cleared: %s"
+_HIDDEN = (
+    "row-level security hides them from the role of DATABASE_URL: set MIGRATION_DATABASE_URL to a URL with the role "
+    "that owns the tables"
+)
 
 
 class AbandonedKeys:
@@ -59,6 +63,8 @@ class AbandonedKeys:
             self._get_owner(), autocommit=True, client_encoding="UTF8", prepare_threshold=None
         ) as connection:
             owner = psycopg.RawCursor(connection)
+            if owner.execute(loaded["database/isolation"].rows).fetchone() != (False,):
+                raise StartError(_HIDDEN)
             users = [user_id for (user_id,) in owner.execute(loaded["database/abandoned_keys"].rows).fetchall()]
             for user_id in dict.fromkeys(users):
                 owner.execute(loaded["database/clear_abandoned_keys"].rows, [user_id])
