@@ -13,7 +13,7 @@ from psycopg.rows import TupleRow
 
 from tests.support.commands import flask
 from tests.support.databases import TABLES, administrator, as_url, migrate, new_database
-from tests.support.environment import ROOT
+from tests.support.environment import POOLER, ROOT
 from tests.support.fixtures import Start
 from tests.support.psql import run_psql
 from todo_api.database import suited_to_citus
@@ -56,6 +56,28 @@ def test_only_with_citus_sessions_use_no_generic_plans(database: str, admin: psy
     assert plan_mode(database) == "force_generic_plan"
     admin.execute(INSTALL)
     assert plan_mode(database) == "auto"
+
+
+def test_the_sessions_of_a_service_that_finds_citus_use_no_generic_plans(
+    database: str, admin: psycopg.Connection[TupleRow], start: Start
+) -> None:
+    for commands, mode in ((RECORD_PLANS, "force_generic_plan"), (INSTALL, "auto")):
+        admin.execute(commands)
+        service = start(DATABASE_URL=as_url(database)).wait()
+        service.client.post("/api/tasks", json={"title": "a"}).raise_for_status()
+        assert service.stop() == 0
+        # Behind a pooler, the service sets nothing, because it prepares nothing.
+        assert admin.execute("SELECT DISTINCT mode FROM plans").fetchall() == [("auto" if POOLER else mode,)]
+        admin.execute("DELETE FROM plans")
+
+
+RECORD_PLANS = """
+    CREATE TABLE plans (mode text);
+    GRANT INSERT ON plans TO PUBLIC;
+    CREATE FUNCTION record_plans() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN INSERT INTO plans VALUES (current_setting(''plan_cache_mode'')); RETURN NEW; END';
+    CREATE TRIGGER record_plans BEFORE INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION record_plans()
+"""
 
 
 def test_options_of_the_url_and_the_environment_still_count(
