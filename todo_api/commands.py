@@ -13,7 +13,8 @@ from flask import Flask
 from todo_api import backup as backups
 from todo_api import checks, config, database, embedded, startup
 
-_FILE = click.argument("file", type=click.Path(path_type=Path))
+# Click itself would reject an unreadable file, in several lines.
+_FILE = click.argument("file", type=click.Path(path_type=Path, readable=False))
 
 
 def init_app(app: Flask, settings: config.Settings, version: str) -> None:

@@ -42,7 +42,14 @@ class _JsonLines(io.TextIOBase):
         self._begun = ""  # the line that is not complete yet
 
     def write(self, text: str) -> int:
-        """Write the lines that are complete now."""
+        """Write the lines that are complete now.
+
+        Raises:
+            TypeError: it is given bytes. Click, which prints the errors of commands, tries that first.
+
+        """
+        if not isinstance(text, str):
+            raise TypeError("a text is needed, not bytes")
         *lines, self._begun = f"{self._begun}{text}".split("\n")
         for line in filter(str.strip, lines):
             record = logging.LogRecord("stderr", logging.ERROR, "", 0, line, None, None)

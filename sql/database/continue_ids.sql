@@ -1,4 +1,4 @@
--- Lets the ids of new tasks go on at a number, or later if they already are beyond it.
+-- Lets the ids of new tasks go on at a number, or later if they already are beyond it or a task has it.
 --
 -- next_id  bigint  the number
 --
@@ -6,7 +6,11 @@
 SELECT
     setval(
         ids.sequence,
-        greatest(:'next_id'::bigint, pg_sequence_last_value(ids.sequence) + 1), -- null if no id was given yet
+        greatest(
+            :'next_id'::bigint,
+            pg_sequence_last_value(ids.sequence) + 1, -- null if no id was given yet
+            (SELECT max(tasks.id) + 1 FROM tasks) -- in case that the backup's number is damaged
+        ),
         FALSE
     ) AS next_id
 FROM (SELECT pg_get_serial_sequence('tasks', 'id')::regclass AS sequence) AS ids;

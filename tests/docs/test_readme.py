@@ -78,6 +78,7 @@ PYTEST = [
 ]
 BENCHMARKS = block("tests/benchmarks/README.md", ".venv/bin/pip install")
 MOVE = block(".deploy/README.md", ".venv/bin/flask backup")
+BACK_UP = block(".deploy/README.md", "FILE=")
 COME_ACROSS = block(".deploy/README.md", "POSTGRES_BIN=")
 CHECK = block(".deploy/README.md", ".venv/bin/flask check")
 CHECKED = block(".deploy/README.md", "ok ", "")
@@ -323,7 +324,9 @@ UNSET = "unset DATABASE_URL\n"  # so that the commands are for the embedded Post
 LOOK = ".venv/bin/flask psql -X -At -c 'SELECT title FROM tasks'"
 
 
-def test_two_commands_move_the_tasks_to_another_database(service: Service, project: Path) -> None:
+def test_two_commands_move_the_tasks_to_another_database_and_three_back_them_up_there(
+    service: Service, project: Path
+) -> None:
     service.client.post("/api/tasks", json={"title": "to be moved"}).raise_for_status()
     admit_all_roles(project / ".data" / "postgres", postmaster_in(project / ".data"))
     output(f"createdb -h '{project}/.data/postgres' -U postgres -O todo moved", service, project)
@@ -331,6 +334,9 @@ def test_two_commands_move_the_tasks_to_another_database(service: Service, proje
     move = UNSET + MOVE.replace(f"{url}?sslmode=require", database_url(project, "moved"))
     assert "The backup is restored" in output(move, service, project)
     assert "to be moved" in output(LOOK, service, project, database="moved").splitlines()
+    back_up = UNSET + BACK_UP.replace(f"{url}?sslmode=require", database_url(project, "moved"))
+    assert "The backup is restored" in output(back_up, service, project)
+    assert "to be moved" in output(f"{UNSET}DATA_DIR=trial {LOOK}", service, project).splitlines()
 
 
 def test_the_tasks_of_another_major_version_come_across(service: Service, project: Path) -> None:

@@ -154,7 +154,11 @@ def test_without_the_package_everything_works_with_database_url(
     service = start(DATABASE_URL=database_url, command=[*python_without_package, "wsgi.py"]).wait()
     assert has_task(service, create_task(service))
     assert service.stop() == 0
-    for arguments, output in ((["migrate"], "The database is up to date.\n"), (["psql", "-Xtc", "SELECT 7"], " *7\n+")):
+    for arguments, output in (
+        (["migrate"], "The database is up to date.\n"),
+        (["psql", "-Xtc", "SELECT 7"], " *7\n+"),
+        (["check"], r"(?s).*\nok   packages: the tested ones .*"),
+    ):
         done = subprocess.run(
             [*python_without_package, "flask", "--app", "wsgi", *arguments],
             cwd=ROOT,
@@ -185,6 +189,7 @@ def test_without_the_package_and_without_client_programs_a_command_fails_with_on
     assert done.returncode == 3
     assert done.stderr.startswith("todo_api: ")
     assert done.stderr.count("\n") == 1
+    assert "install the client programs of PostgreSQL" in done.stderr
 
 
 def test_postgres_gets_no_secrets_of_the_service(tmp_path: Path, start: Start) -> None:

@@ -157,6 +157,14 @@ def test_the_ids_of_an_emptied_database_are_not_given_again(backup: Path, empty:
     assert query(empty, "INSERT INTO tasks (user_id, title) VALUES ('a', 'b') RETURNING id") == [(42,)]
 
 
+def test_a_damaged_number_in_the_file_gives_no_id_twice(backup: Path, empty: str) -> None:
+    data = backup.read_bytes()  # rows have checksums, this number has none
+    assert data.count(b"_id_seq', 4, true)") == 1
+    backup.write_bytes(data.replace(b"_id_seq', 4, true)", b"_id_seq', 1, true)"))
+    assert flask("restore", backup, DATABASE_URL=as_url(empty)).returncode == 0
+    assert query(empty, "INSERT INTO tasks (user_id, title) VALUES ('a', 'b') RETURNING id") == [(4,)]
+
+
 def test_a_backup_is_consistent_while_clients_write(database: str, empty: str, tmp_path: Path) -> None:
     with psycopg.connect(database) as db:  # so that the backup takes a moment
         db.execute(
@@ -318,6 +326,23 @@ def test_a_backup_overwrites_nothing_and_says_what_is_wrong_with_a_name(database
     assert "name one instead of -" in message(flask("restore", "-", DATABASE_URL=as_url(database)))
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
+
+
+def test_a_file_that_may_not_be_read_is_one_line(database: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").chmod(0)
+    as_user = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # root reads all
+    for command, reason in (("backup", "exists already"), ("restore", "Permission denied")):
+        done = subprocess.run(
+            [*as_user, *FLASK, command, str(tmp_path / "file")],
+            cwd=ROOT,
+            env=environment(DATABASE_URL=as_url(database)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        text = message(done)
+        assert (f"{tmp_path / 'file'}" in text, reason in text) == (True, True), text
 
 
 def test_a_file_that_is_created_during_the_backup_is_kept(database: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import httpx
 import psycopg
 import pytest
 
+from tests.support.commands import FLASK
 from tests.support.databases import as_url, new_database
 from tests.support.fixtures import Start
 from tests.support.issuer import Issuer, SigningKey, bearer, running_issuer
@@ -225,6 +226,24 @@ def test_the_reason_why_a_start_ends_is_json_too(
     assert service.process.wait(timeout=120) not in {0, None}
     found = [one for one in objects(service) if one["level"] in {"error", "critical"}]
     assert [one for one in found if part in one["message"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["no-such-command"], "No such command 'no-such-command'"),
+        (["backup"], "Missing argument 'FILE'"),
+        (["restore", "missing"], "missing: No such file or directory"),
+        (["openapi", "write", "/missing/file"], "/missing/file"),
+    ],
+    ids=str,
+)
+def test_the_reason_why_a_command_ends_is_json_too(
+    arguments: list[str], part: str, start: Start, database_url: str
+) -> None:
+    service = start(command=[*FLASK, *arguments], LOG_FORMAT="json", DATABASE_URL=database_url)
+    assert service.process.wait(timeout=120) not in {0, None}
+    assert [one for one in objects(service) if part in one["message"]]
 
 
 UNCAUGHT = """

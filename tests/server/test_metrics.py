@@ -365,7 +365,7 @@ def test_a_killed_service_leaves_the_port_free_for_the_next_one(begin: Begin) ->
     assert again.stop() == 0
 
 
-@pytest.mark.parametrize("port", ["", "9100"])
+@pytest.mark.parametrize("port", ["", "9101"])
 def test_prometheus_client_is_imported_only_if_it_is_needed(port: str) -> None:
     script = (
         "import sys; from todo_api.server import gunicorn_conf; import wsgi; print('prometheus_client' in sys.modules)"
@@ -412,9 +412,9 @@ def test_gunicorns_own_worker_counts_too(begin: Begin) -> None:
 def deployed(folder: Path, url: str) -> Path:
     """Copy the configuration of Prometheus, change the lines marked with "yours", and return its path."""
     text = (ROOT / ".deploy" / "prometheus.yml").read_text(encoding="utf-8")
-    assert text.count('"127.0.0.1:9100"') == 1
+    assert text.count('"127.0.0.1:9101"') == 1
     target = url.removeprefix("http://").removesuffix("/metrics")
-    text = text.replace('"127.0.0.1:9100"', f'"{target}"').replace("15s", "1s")
+    text = text.replace('"127.0.0.1:9101"', f'"{target}"').replace("15s", "1s")
     (folder / "alerts.yml").write_bytes((ROOT / ".deploy" / "alerts.yml").read_bytes())
     (folder / "prometheus.yml").write_text(text, encoding="utf-8")
     return folder / "prometheus.yml"

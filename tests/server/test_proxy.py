@@ -4,6 +4,7 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
 from itertools import product
@@ -218,6 +219,24 @@ def test_the_etags_that_apache_makes_for_compressed_responses_work(apache: Servi
     tasks = client.get("/api/tasks")
     assert tasks.headers["ETag"].endswith('-gzip"')
     assert client.get("/api/tasks", headers={"If-None-Match": tasks.headers["ETag"]}).status_code == 304
+
+
+# As the README says, but not for the path that shows whether nginx and the service are ready.
+PASSWORDS = """
+    map $uri $realm { default tasks; /readyz off; }
+    auth_basic $realm; auth_basic_user_file todo_api.users;
+"""
+
+
+def test_without_tokens_nginx_asks_for_a_password(start: Start, tmp_path: Path, database_url: str) -> None:
+    made = subprocess.run([program("openssl"), "passwd", "-6", "milk"], capture_output=True, text=True, check=True)
+    (tmp_path / "todo_api.users").write_text(f"alice:{made.stdout}", encoding="utf-8")
+    nginx = start_nginx(start, tmp_path, start(DATABASE_URL=database_url).wait(), more=PASSWORDS)
+    assert nginx.client.get("/api/tasks", auth=("alice", "milk")).status_code == 200
+    for password in ("", "oat milk"):
+        refused = nginx.client.post("/api/tasks", json={"title": "Buy milk"}, auth=("alice", password))
+        assert refused.headers["WWW-Authenticate"] == 'Basic realm="tasks"'
+        assert_problem(refused, 401, "authentication_required")
 
 
 def test_nginx_returns_a_problem_if_the_service_is_suspended_or_stopped(

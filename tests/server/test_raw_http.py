@@ -134,6 +134,11 @@ def test_the_problem_and_the_log_say_what_is_unreadable(service: Service, reques
     assert "secret" not in found + service.log()[seen:]
 
 
+def test_an_unknown_version_of_http_is_not_quoted(service: Service) -> None:
+    # gunicorn has it as a tuple, such as (9, 9).
+    assert problem(service, b"GET / HTTP/9.9\r\nHost: x\r\n\r\n")["detail"] == "The HTTP version must be 1.0 or 1.1"
+
+
 def test_http_1_0_needs_no_host(service: Service) -> None:
     assert send(service, b"GET /healthz HTTP/1.0\r\n\r\n")[0] == 200
 

@@ -195,7 +195,13 @@ def psql(postgres_bin: Path | None = None) -> str:
         # Without a client package, Debian's psql is a script that fails.
         if (found := shutil.which("psql", path=folder)) and programs.succeeds([found, "--version"]):
             return found
-    return programs.find(postgres_bin).path("psql")
+    try:
+        return programs.find(postgres_bin).path("psql")
+    except StartError as error:  # with DATABASE_URL, the service does not need these programs
+        raise StartError(
+            "there is no psql: install the client programs of PostgreSQL, or set POSTGRES_BIN to the folder of a "
+            "PostgreSQL's programs"
+        ) from error
 
 
 def exists(data_dir: Path) -> bool:

@@ -32,7 +32,7 @@ _REASONS: dict[type[Exception], tuple[str, str]] = {
         "The first line must be a method, a URL and HTTP/1.1, in ASCII; other characters are percent-encoded in a URL",
         "req",
     ),
-    errors.InvalidHTTPVersion: ("The HTTP version must be 1.0 or 1.1", "version"),
+    errors.InvalidHTTPVersion: ("The HTTP version must be 1.0 or 1.1", ""),
     errors.InvalidHeaderName: ("Invalid header name", "hdr"),
     errors.InvalidHeader: ("Invalid or repeated header", "hdr"),
     errors.ObsoleteFolding: ("A header must be on one line", "hdr"),
