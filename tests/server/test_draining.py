@@ -16,7 +16,7 @@ from tests.support.fixtures import Figure, Start
 from tests.support.load import Crowd, Load, assert_acknowledged_once
 from tests.support.nginx import start_nginx
 from tests.support.problems import assert_problem
-from tests.support.processes import children, has_ended, servers_in, wait_until
+from tests.support.processes import children, has_ended, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 LONG = 3600  # seconds; no test waits for them
@@ -107,8 +107,7 @@ def test_workers_that_get_the_signal_too_are_replaced_and_no_request_fails(begin
     with Crowd(service, 16, ("create", "get")) as crowd:
         wait_until(lambda: crowd.statuses()[201] > 50)
         before = workers(service)
-        for process in (psutil.Process(service.process.pid), *before):
-            process.terminate()
+        send(signal.SIGTERM, psutil.Process(service.process.pid), *before)
         wait_until(lambda: not set(before) & set(workers(service)) and len(workers(service)) == 2)
         assert_drains(service)
     assert set(crowd.outcomes()) == {"answered"}
