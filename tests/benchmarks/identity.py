@@ -1,4 +1,4 @@
-"""The cost of tokens and of row-level security."""
+"""The cost of tokens, of row-level security and of metrics."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from statistics import median
 import psycopg
 
 from tests.support.issuer import AUDIENCE, ISSUER, SigningKey
+from tests.support.processes import free_port
 
 from .candidates import Candidate
 from .loads import Load, wrk
@@ -29,17 +30,22 @@ FILL = """
 
 
 def measure(conninfo: str, folder: Path, rounds: int, seconds: int) -> None:
-    """Measure operations with and without identity, and print a table of the rates as ratios."""
+    """Measure operations with and without each of them, and print a table of the rates as ratios."""
     key_set = folder / "keys.json"
     key_set.write_text(json.dumps({"keys": [key.jwk for key in KEYS.values()]}))
     settings = {"AUTH_JWKS": key_set, "AUTH_ISSUER": ISSUER, "AUTH_AUDIENCE": AUDIENCE}
     running = {
         "without": Candidate("service", conninfo, folder / "without.log", DATABASE_ROLE=""),
+        "metrics": Candidate("service", conninfo, folder / "metrics.log", DATABASE_ROLE="", METRICS_PORT=free_port()),
         "role": Candidate("service", conninfo, folder / "role.log"),
         "tokens": Candidate("service", conninfo, folder / "tokens.log", **settings),
     }
     one_user = Load(CONNECTIONS, seconds, 10_000)
-    loads = {"without": (running["without"], one_user), "row-level security": (running["role"], one_user)}
+    loads = {
+        "without": (running["without"], one_user),
+        "metrics": (running["metrics"], one_user),
+        "row-level security": (running["role"], one_user),
+    }
     for name, key in KEYS.items():
         for users in (["local"], [f"user {number}" for number in range(1, USERS + 1)]):
             tokens = folder / f"{name} {len(users)}"

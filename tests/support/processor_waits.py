@@ -44,7 +44,8 @@ class ProcessorWaits:
 def _waited(pid: str) -> dict[str, int]:
     """Return the nanoseconds for which each thread of a process was ready to run and waited for a processor."""
     found = {}
-    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with suppress(OSError):
-            found[str(task)] = int(task.read_text(encoding="ascii").split()[1])
+    with suppress(OSError):  # the process has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # the thread has ended
+                found[str(task)] = int((task / "schedstat").read_text(encoding="ascii").split()[1])
     return found
