@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.support.environment import ROOT
-from tests.support.optional_tools import missing, program
+from tests.support.optional_tools import missing, program, require_mounts
 
 # The real base image is in a registry. This one has the same distribution, the same version of Python, and its name.
 _BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -51,6 +51,7 @@ class Engine:
         """Create the base image."""
         if os.geteuid():
             missing("only root can create the base image of containers")
+        require_mounts()
         for name in ("buildah", "debootstrap", "podman", "runc", "slirp4netns"):
             program(name)
         self.folder = folder

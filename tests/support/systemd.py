@@ -6,7 +6,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from tests.support.optional_tools import missing, program
+from tests.support.optional_tools import missing, program, require_mounts
 from tests.support.processes import wait_until
 
 _SYSTEMD = "/usr/lib/systemd/systemd"
@@ -57,6 +57,7 @@ class Machine:
         """Boot it. ``folder`` has the project in the folder ``project``. The service will listen on the port."""
         if os.geteuid() or not Path(_SYSTEMD).exists():
             missing("systemd is not installed, or the tests do not run as root")
+        require_mounts()
         (folder / "units").mkdir()
         for name in _TARGETS:
             (folder / "units" / f"{name}.target").write_text("[Unit]\nDefaultDependencies=no\n", encoding="utf-8")
