@@ -148,7 +148,8 @@ def test_tasks_survive_a_restart_a_kill_and_a_new_container(container: Container
     paths = [container.create()]
     engine.run("docker restart todo_api")
     paths.append(container.create())
-    engine.run("docker kill --signal KILL todo_api && docker start todo_api")
+    # The kill returns before the container has ended, and the start of a container that still runs does nothing.
+    engine.run("docker kill --signal KILL todo_api && docker wait todo_api && docker start todo_api")
     paths.append(container.create())
     engine.run("docker stop todo_api && docker rm todo_api")
     new = Container(engine, port)
