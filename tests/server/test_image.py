@@ -237,7 +237,7 @@ def test_two_containers_behind_nginx_serve_a_hosted_postgresql_and_are_replaced_
     laptop = start(DATA_DIR=tmp_path / "laptop").wait()
     task = create_task(laptop)
     move = re.sub("'postgresql:.*'", url, MOVE).replace(
-        ".venv/bin/flask", f"{sys.executable} -m flask --app {ROOT}/wsgi"
+        ".venv/bin/flask", f"'{sys.executable}' -m flask --app '{ROOT}/wsgi'"
     )
     settings = environment(DATA_DIR=tmp_path / "laptop")
     subprocess.run(["sh", "-ec", move], cwd=tmp_path, env=settings, check=True)
