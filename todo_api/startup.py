@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import threading
@@ -121,6 +122,9 @@ def prepare(settings: Settings) -> str:
     with _locks.setdefault(settings.database_url or str(settings.data_dir), threading.Lock()):
         conninfo = ensure_server(settings)
         if conninfo not in _prepared:
+            if not settings.database_url:
+                command = shlex.join([embedded.psql(settings.postgres_bin), conninfo])
+                log.info("to use PostgreSQL with psql: %s", command)
             owner = owner_url(settings, conninfo)
             check_session_settings(settings)
             role, pooler = settings.database_role, settings.database_pooler

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -103,9 +102,7 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int, role: str
         # the start that replaced them was killed.
         if running or not access.is_allowed_only(cluster, _NAME):
             _set_up(cluster, conninfo, found, role)
-    if setting not in _served:
-        log.info("to use PostgreSQL with psql: %s", shlex.join([psql(postgres_bin), conninfo]))
-        _served.add(setting)
+    _served.add(setting)
     return conninfo
 
 
