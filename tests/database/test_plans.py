@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -82,17 +83,24 @@ def filled(conninfo: str) -> Iterator[psycopg.Connection[TupleRow]]:
             yield connection
 
 
+@contextmanager
+def acting_as(who: str, connection: psycopg.Connection[TupleRow]) -> Iterator[psycopg.Connection[TupleRow]]:
+    """Let a connection act as the tables' owner, or as the role for which row-level security holds."""
+    if who == "role":
+        connection.execute(sql.SQL("SET todo.user_id = {}").format(PARAMETERS["user_id"]))
+        connection.execute("SET ROLE todo_app")
+        assert connection.execute(statements.load()["database/isolation"].rows).fetchall() == [(True,)]
+    yield connection
+    connection.execute("RESET ROLE")
+
+
 @pytest.fixture(params=["owner", "role"])
 def full_table(
     request: pytest.FixtureRequest, filled: psycopg.Connection[TupleRow]
 ) -> Iterator[psycopg.Connection[TupleRow]]:
-    """Return the connection as the tables' owner, and as the role for which row-level security holds."""
-    if request.param == "role":
-        filled.execute(sql.SQL("SET todo.user_id = {}").format(PARAMETERS["user_id"]))
-        filled.execute("SET ROLE todo_app")
-        assert filled.execute(statements.load()["database/isolation"].rows).fetchall() == [(True,)]
-    yield filled
-    filled.execute("RESET ROLE")
+    """Return the connection as either of them."""
+    with acting_as(request.param, filled) as connection:
+        yield connection
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
