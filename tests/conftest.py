@@ -17,6 +17,7 @@ import pytest
 from psycopg.rows import TupleRow
 
 from tests.support import pgbouncer
+from tests.support.capabilities import root_lacks
 from tests.support.databases import as_url, migrate, new_database
 from tests.support.fixtures import Create, Figure, Start
 from tests.support.postgres import admit_all_roles
@@ -37,6 +38,38 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     figures = {figure for report in reports for figure in getattr(report, "user_properties", [])}
     for name, value in sorted(figures):
         terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.fixture(scope="session")
+def tmp_path_factory(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch_session: pytest.MonkeyPatch
+) -> pytest.TempPathFactory:
+    """Let the user that PostgreSQL runs as enter the folders of tests, which pytest closes to other users.
+
+    Root in a container lacks the capability that lets PostgreSQL enter closed folders.
+    """
+    if not root_lacks("dac_read_search"):
+        return tmp_path_factory
+
+    def opened(folder: Path) -> Path:
+        folder.chmod(0o711)
+        return folder
+
+    base = tmp_path_factory.getbasetemp()
+    for folder in (base, *(parent for parent in base.parents if parent.name.startswith("pytest-"))):
+        opened(folder)
+    make = tmp_path_factory.mktemp
+    monkeypatch_session.setattr(
+        tmp_path_factory, "mktemp", lambda basename, numbered=True: opened(make(basename, numbered))
+    )
+    return tmp_path_factory
+
+
+@pytest.fixture(scope="session")
+def monkeypatch_session() -> Iterator[pytest.MonkeyPatch]:
+    """Return a MonkeyPatch whose changes last for the whole session."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.capabilities import ROOT
 from tests.support.optional_tools import missing, program
 from tests.support.service import Service
 
-ROOT = os.geteuid() == 0
 # Root without the capabilities that Docker takes away, and that matter here.
 FEW_CAPABILITIES = ["setpriv", "--bounding-set=-sys_ptrace,-dac_read_search"] if ROOT else []
 # PostgreSQL does not run as root, even if it is root only in a user namespace. A second one inside restores the user.

@@ -2,12 +2,15 @@
 
 import random
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+from tests.support.capabilities import root_lacks
 
 START_TIMEOUT = 180  # seconds; far more than a start takes, even on a busy machine
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -91,8 +94,23 @@ def servers_in(folder: Path, *attributes: str) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["name", "cwd", "ppid", *attributes])
-        if process.info["name"] == "postgres" and Path(process.info["cwd"] or "/").is_relative_to(folder.resolve())
+        if process.info["name"] == "postgres" and _folder_of(process).is_relative_to(folder.resolve())
     ]
+
+
+def _folder_of(process: psutil.Process) -> Path:
+    """Return the working directory of a process that was listed with it, or / if the process has ended.
+
+    Root in a container may not see it. The user of the process may.
+    """
+    folder: str = process.info["cwd"] or ""
+    if not folder and root_lacks("sys_ptrace"):
+        with suppress(psutil.NoSuchProcess):
+            user, group = process.uids().real, process.gids().real
+            command = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+            command += ["readlink", f"/proc/{process.pid}/cwd"]
+            folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return Path(folder or "/")
 
 
 def postmasters_in(folder: Path) -> list[psutil.Process]:
