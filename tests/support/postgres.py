@@ -27,7 +27,8 @@ def admit_all_roles(cluster: Path, postmaster: psutil.Process) -> str:
     with (cluster / "pg_hba.conf").open("a", encoding="utf-8") as rules:
         rules.write("local all all trust\n")
     send(signal.SIGHUP, postmaster)
-    superuser = make_conninfo(host=str(cluster), port=socket_folder.PORT, user="postgres", dbname="postgres")
+    host = socket_folder.recorded(cluster)
+    superuser = make_conninfo(host=str(host), port=socket_folder.PORT, user="postgres", dbname="postgres")
     wait_until(lambda: can_log_in(superuser))
     return superuser
 
