@@ -19,6 +19,7 @@ from todo_api.config import Settings, StartError
 _PREFIX, _SUFFIX = ".todo_api-", ".unfinished"
 # Errors of file systems that have no fsync for folders.
 _WITHOUT_FSYNC = {errno.EBADF, errno.EINVAL}
+_MAGIC = b"PGDMP"  # a file of pg_dump --format=custom begins with it
 _INTERVAL = 0.5  # seconds between two calls of progress
 
 Progress = Callable[[str], None]
@@ -65,7 +66,9 @@ def restore(settings: Settings, file: Path, progress: Progress) -> str:
     with _named_errors(file):
         if not stat.S_ISREG(file.stat().st_mode):
             raise StartError(f"{file} is not a file")
-        file.open("rb").close()  # may fail
+        with file.open("rb") as opened:
+            if opened.read(len(_MAGIC)) != _MAGIC:
+                raise StartError(f"{file} is not a file that flask backup has written")
         command = [embedded.pg_restore(settings.postgres_bin), "--data-only", "--file=-", str(file)]
         contents = _contents(file, command)
         owner, _ = _owner_url(settings)

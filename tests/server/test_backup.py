@@ -416,8 +416,8 @@ def damaged_files(backup: Path, database: str, folder: Path) -> dict[Path, str]:
     """Return files that cannot be restored, and a part of the message for each."""
     data = backup.read_bytes()
     contents = {
-        "empty": (b"", "too short"),
-        "text": (b"-- PostgreSQL database dump\n", "pg_restore failed"),
+        "empty": (b"", "not a file that flask backup has written"),
+        "text": (b"-- PostgreSQL database dump\n", "not a file that flask backup has written"),
         "half of the table of contents": (data[:400], "pg_restore failed"),
         "half": (data[: len(data) // 2], "pg_restore failed"),
         "without the last bytes": (data[:-200], "pg_restore failed"),
@@ -471,7 +471,7 @@ def test_a_file_that_is_no_complete_backup_changes_nothing(
 def test_a_file_that_is_no_backup_creates_no_data_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a backup")
     text = message(flask("restore", tmp_path / "file", DATA_DIR=tmp_path / "data"))
-    assert f"{tmp_path}/file cannot be restored" in text
+    assert f"{tmp_path}/file is not a file that flask backup has written" in text
     assert not (tmp_path / "data").exists()
 
 
