@@ -12,6 +12,7 @@ from tests.support.processes import free_port, wait_until
 from tests.support.service import Service
 from todo_api.api import problems
 
+OF_THE_SERVICE = "FROM pg_stat_activity WHERE application_name = 'todo_api' AND datname = current_database()"
 UNREACHABLE = "postgresql://todo:secret@127.0.0.1:{port}/todo"
 
 
@@ -134,11 +135,8 @@ def test_neither_the_log_nor_a_response_contains_the_password(disconnected: Serv
 
 
 def test_no_request_fails_after_the_server_has_terminated_idle_connections(service: Service, conninfo: str) -> None:
-    for _ in range(3):
-        assert {service.client.get("/api/tasks").status_code for _ in range(20)} == {200}
-        with psycopg.connect(conninfo, autocommit=True) as db:
-            terminated = db.execute(
-                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
-                " WHERE application_name = 'todo_api' AND datname = current_database()"
-            ).fetchall()
-        assert terminated
+    with psycopg.connect(conninfo, autocommit=True) as db:
+        for _ in range(3):
+            assert {service.client.get("/api/tasks").status_code for _ in range(20)} == {200}
+            assert db.execute(f"SELECT pg_terminate_backend(pid) {OF_THE_SERVICE}").fetchall()
+            wait_until(lambda: not db.execute(f"SELECT pid {OF_THE_SERVICE}").fetchall())
