@@ -416,9 +416,8 @@ def test_every_named_path_exists() -> None:
     in_tree = paths_in(TREE)
     missing |= {path for path in in_tree if not (ROOT / path).exists()}
     assert missing == set()
-    modules = {f"todo_api/{path.name}" for path in (ROOT / "todo_api").glob("*.py")}
     packages = {f"todo_api/{path.parent.name}/" for path in (ROOT / "todo_api").glob("*/__init__.py")}
-    assert {path for path in in_tree if re.fullmatch(r"todo_api/\w+(/|\.py)", path)} == modules | packages
+    assert {path for path in in_tree if re.fullmatch(r"todo_api/\w+/", path)} == packages
     routes = (ROOT / "todo_api" / "api" / "tasks.py").read_text(encoding="utf-8")
     assert "def update_task(" in routes
     assert '"tasks/update"' in routes

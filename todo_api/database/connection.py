@@ -27,7 +27,7 @@ OPTIONS = " ".join(
     f"-c {option}"
     for option in (
         "todo.session=on",  # shows that the server has accepted these options
-        "lock_timeout=500ms",  # an error must reach the client within a second
+        "lock_timeout=500ms",  # an error must reach the client within a second; pool.py has the limit behind a pooler
         f"statement_timeout={LONGEST_STATEMENT}s",
         # Uses a plan that suits all parameters, from the first execution on. A custom plan is faster for a few values,
         # but with a million rows it sometimes sorts all of them.
@@ -166,7 +166,6 @@ class Connection(NetworkConnection):
         """Run statements in one transaction and one round trip.
 
         Return the values of the last one's rows, one row after another, or None if there is no row.
-
 
         ``on_silence`` is called after each interval in which nothing arrives. It may cancel the statement or raise
         Silence. Without it, the call fails after six such intervals.
