@@ -17,6 +17,7 @@ from tests.support.processes import wait_until
 from tests.support.service import Service
 
 POST = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LONG_FIELD = b"A: " + b"a" * 8000 + b"\r\n"
 CLOSE = b"GET /api/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 
 
@@ -99,6 +100,7 @@ def test_a_body_of_many_chunks_is_read(service: Service) -> None:
         (POST + b"Transfer-Encoding: magic\r\n\r\n", 501, "not_implemented"),
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 9000 + b"\r\n\r\n", 431, "request_header_fields_too_large"),
+        (b"GET / HTTP/1.1\r\n" + 5 * LONG_FIELD + b"Host: x\r\n\r\n", 431, "request_header_fields_too_large"),
     ],
 )
 def test_a_request_that_gunicorn_cannot_parse_gets_a_problem(

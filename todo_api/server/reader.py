@@ -100,6 +100,8 @@ class Reader(SocketUnreader):
         if not self._end:
             end = self.data.find(_BLANK_LINE, max(0, self._at - 3))
             self._at = len(self.data)
+            if (self._at if end < 0 else end) > HEAD_SIZE:
+                raise LimitRequestHeaders(f"larger than {HEAD_SIZE} bytes")
             if end < 0:
                 return self._is_rejected()
             self._read_head(end + len(_BLANK_LINE))
@@ -107,8 +109,6 @@ class Reader(SocketUnreader):
 
     def _is_rejected(self) -> bool:
         """Return whether the parser rejects an unfinished head without reading more."""
-        if len(self.data) > HEAD_SIZE:
-            raise LimitRequestHeaders(f"larger than {HEAD_SIZE} bytes")
         line, ended, _ = bytes(self.data).removeprefix(b"\r\n").partition(b"\r\n")
         if _NOT_IN_A_HEAD.search(line):
             raise InvalidRequestLine(line.decode("latin-1"))
