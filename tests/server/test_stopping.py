@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,13 @@ from tests.support.service import Service, workers
 
 KINDS = ("create", "create", "toggle", "get")
 TASKS = b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SLOW_TO_START = """
+import time
+from todo_api.server.gunicorn_conf import *
+graceful_timeout = 60
+def post_fork(server, worker):
+    time.sleep(2)
+"""
 HALF_A_BODY = TASKS + b'Content-Length: 21\r\n\r\n{"title"'
 
 
@@ -134,6 +142,19 @@ def test_unfinished_requests_delay_a_stop_by_10_s_at_most(
     assert "Traceback" not in service.log()
     for connection in halves:
         connection.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_that_have_just_been_forked_stop_too(
+    number: signal.Signals, start: Start, postgres: Postgres, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.py").write_text(SLOW_TO_START)
+    command = [sys.executable, "-m", "gunicorn", "-c", str(tmp_path / "settings.py"), "wsgi:app"]
+    service = start(command=command, DATABASE_URL=as_url(postgres.conninfo), WEB_CONCURRENCY=2)
+    wait_until(lambda: len(workers(service)) == 2)
+    moment = time.monotonic()
+    assert service.stop(number) == 0
+    assert time.monotonic() - moment < 40  # a worker that missed the signal would be killed after 60 s
 
 
 def test_ctrl_c_under_load_exits_with_0_and_loses_no_acknowledged_write(

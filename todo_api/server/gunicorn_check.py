@@ -14,8 +14,8 @@ _GTHREAD = "gunicorn.workers.gthread:ThreadWorker"
 _RESPONSE = "gunicorn.http.wsgi:Response"
 OVERRIDDEN = {
     _GTHREAD: {
-        *("__init__", "init_process", "run", "accept", "enqueue_req", "handle", "finish_request", "murder_pending"),
-        *("_cap_keepalive", "check_config", "handle_request", "handle_error"),
+        *("__init__", "init_process", "init_signals", "run", "accept", "enqueue_req", "handle", "finish_request"),
+        *("murder_pending", "_cap_keepalive", "check_config", "handle_request", "handle_error"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
     "gunicorn.arbiter:Arbiter": {"spawn_worker", "reexec"},

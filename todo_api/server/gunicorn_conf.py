@@ -100,7 +100,7 @@ def on_starting(server: Any) -> None:
         log.warning("--reload is ignored: new code, SQL and migrations need a restart or SIGUSR2")
     server.cfg.set("reload", False)
     if not difference:
-        _survive_failed_forks(server)
+        _fork_safely(server)
     if _settings.metrics_port:
         _open_metrics_port(cfg, _settings.metrics_port)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
@@ -138,16 +138,24 @@ def _systemd_sockets() -> int:
     return count
 
 
-def _survive_failed_forks(server: Any) -> None:
+def _fork_safely(server: Any) -> None:
     """Keep the service running if a worker cannot be started, because a limit of processes or memory is reached.
 
     gunicorn would end the service. It looks once a second whether workers are missing.
+
+    A new worker has the master's handlers until it sets its own. They would lose a signal to stop, and the worker would
+    serve until it is killed. So these signals are blocked until then.
     """
+    from todo_api.server.worker import STOP_SIGNALS, Worker
+
     spawn_worker = server.spawn_worker
     is_logged = False
 
     def try_to_spawn_worker() -> None:
         nonlocal is_logged
+        # Only our worker unblocks them.
+        blocked = STOP_SIGNALS if issubclass(server.worker_class, Worker) else ()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             spawn_worker()
         except (OSError, RuntimeError) as error:
@@ -158,6 +166,8 @@ def _survive_failed_forks(server: Any) -> None:
             is_logged = True
         else:
             is_logged = False
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     reexec = server.reexec
 

@@ -3,6 +3,7 @@
 import logging
 import select
 import selectors
+import signal
 import socket
 import struct
 import sys
@@ -37,6 +38,7 @@ _RESPAWN_PAUSE = 1  # second
 _READ_TIMEOUT = 10.0  # seconds in which a client reads nothing of a response
 _KEPT_RESPONSES = 256 * 1024 * 1024  # bytes that clients have not read yet
 _KEPT_REQUESTS = 256 * 1024 * 1024  # bytes of unfinished requests
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
 
 
@@ -102,6 +104,11 @@ class Worker(ThreadWorker):
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         self.body_limit = config.load().max_body_bytes
         super().init_process()
+
+    def init_signals(self) -> None:
+        """Set the worker's handlers, and receive the signals that were sent to it since the fork."""
+        super().init_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def run(self) -> None:
         """Handle requests until the worker stops."""
