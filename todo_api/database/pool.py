@@ -27,7 +27,8 @@ _WAIT = 0.5  # seconds for a connection; with more, an error would take too long
 _POLL = 0.01  # seconds between two checks for an outage
 # psycopg's pool keeps each call that timed out until it has a connection again. This limits how many it keeps.
 _MAX_WAITING = 100
-_FILL_TIMEOUT = 2  # seconds; during a reload, the old workers serve meanwhile
+# Seconds for the first connection, and again for the others. During a reload, the old workers serve meanwhile.
+_FILL_TIMEOUT = 2
 # A statement may be silent because it takes a long time, such as a search through a million tasks. So after every two
 # intervals of 140 ms, another connection asks the server about it. If the server does not respond there either, the
 # statement fails after 0.7 s. If the statement waits for a lock or a standby, it is cancelled.
@@ -80,10 +81,9 @@ class Pool:
     def fill(self, size: int) -> None:
         """Open this many connections, so that the first statements need not wait. Return early in an outage."""
         self._pool.open()
-        deadline = time.monotonic() + _FILL_TIMEOUT
-        if self._wait_until_full(deadline):
+        if self._wait_until_full():
             self._resize(min(size, self._get_share() or size))
-            self._wait_until_full(deadline)
+            self._wait_until_full()
 
     def state(self) -> State:
         """Return the state of the pool now.
@@ -96,7 +96,8 @@ class Pool:
         stats = self._pool.get_stats()  # its requests_waiting also has calls that have timed out
         return State(stats["pool_size"], stats["pool_available"], len(self._waiting), outage=self.outage.active)
 
-    def _wait_until_full(self, deadline: float) -> bool:
+    def _wait_until_full(self) -> bool:
+        deadline = time.monotonic() + _FILL_TIMEOUT
         while self._pool.get_stats()["pool_available"] < self._size:
             if self.outage.active or time.monotonic() > deadline:
                 return False
