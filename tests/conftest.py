@@ -26,6 +26,12 @@ from tests.support.service import Service
 from todo_api import embedded
 
 
+def pytest_configure() -> None:
+    """Let the processes of tests receive SIGINT. A shell that starts pytest in the background ignores it for them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def figure(record_property: Figure) -> Figure:
     """Return a function that takes the name and the value of a figure, which pytest prints at the end of the run."""

@@ -27,8 +27,9 @@ def admit_all_roles(cluster: Path, postmaster: psutil.Process) -> str:
     with (cluster / "pg_hba.conf").open("a", encoding="utf-8") as rules:
         rules.write("local all all trust\n")
     send(signal.SIGHUP, postmaster)
-    host = socket_folder.recorded(cluster)
-    superuser = make_conninfo(host=str(host), port=socket_folder.PORT, user="postgres", dbname="postgres")
+    # The path may lead into a container, where the recorded folder of the socket is another one.
+    folder = cluster if (cluster / socket_folder.SOCKET).exists() else socket_folder.recorded(cluster)
+    superuser = make_conninfo(host=str(folder), port=socket_folder.PORT, user="postgres", dbname="postgres")
     wait_until(lambda: can_log_in(superuser))
     return superuser
 

@@ -188,7 +188,7 @@ def test_a_wrong_key_set_changes_nothing_and_is_logged_once(
         assert kind(call(client, UNKNOWN.token())) in {"invalid_token", "keys_unavailable"}
     assert "/elsewhere" not in issuer.fetches
     issuer.respond, issuer.keys = issuer.respond_with_keys, [FIRST.jwk, SECOND.jwk]
-    wait_until(lambda: accepts(client, SECOND.token()))
+    wait_until(lambda: accepts(client, SECOND.token()) and len(log_lines(caplog, issuer.url)) > 1)
     [failed, mended] = log_lines(caplog, issuer.url)
     assert failed.startswith("the keys of tokens cannot be fetched: ")
     assert "available again" in mended
@@ -215,7 +215,7 @@ def test_an_issuer_that_is_away_at_the_start_is_found_later(
     for _ in range(3):
         assert_unavailable(call(client, FIRST.token()))
     with running_issuer(FIRST, port=port):
-        wait_until(lambda: accepts(client, FIRST.token()))
+        wait_until(lambda: accepts(client, FIRST.token()) and len(log_lines(caplog, f":{port}/jwks")) > 1)
     [failed, mended] = log_lines(caplog, f":{port}/jwks")
     assert "Connection refused" in failed
     assert "available again" in mended
