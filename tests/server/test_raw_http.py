@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -99,6 +100,7 @@ def test_a_body_of_many_chunks_is_read(service: Service) -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\nExpect: magic\r\n\r\n", 417, "expectation_failed"),
         (POST + b"Transfer-Encoding: magic\r\n\r\n", 501, "not_implemented"),
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
+        (b"GET /" + b"a" * 40000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "uri_too_long"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 9000 + b"\r\n\r\n", 431, "request_header_fields_too_large"),
         (b"GET / HTTP/1.1\r\n" + 5 * LONG_FIELD + b"Host: x\r\n\r\n", 431, "request_header_fields_too_large"),
     ],
@@ -380,3 +382,26 @@ def head_of(responses: BinaryIO) -> bytes:
     for length in re.findall(rb"Content-Length: (\d+)", head):
         responses.read(int(length))
     return head
+
+
+def test_a_client_that_pipelines_requests_is_read_at_the_pace_of_its_responses(service: Service) -> None:
+    requests = 1000 * b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    sent = 0
+
+    def send_without_end() -> None:
+        nonlocal sent
+        with suppress(OSError):  # the test has closed the connection
+            while True:
+                sent += connection.send(requests)
+
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        sender = threading.Thread(target=send_without_end)
+        sender.start()
+        with connection.makefile("rb") as responses:
+            for _ in range(500):
+                head = b"".join(iter(responses.readline, b"\r\n"))
+                assert head.startswith(b"HTTP/1.1 200 ")
+                responses.read(int(re.findall(rb"Content-Length: (\d+)", head)[0]))
+        assert sent < 15_000_000  # what the kernel keeps; 64 KiB for each response would be 33 MB
+        connection.shutdown(socket.SHUT_RDWR)
+    sender.join()

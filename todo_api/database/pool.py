@@ -27,7 +27,7 @@ _WAIT = 0.5  # seconds for a connection; with more, an error would take too long
 _POLL = 0.01  # seconds between two checks for an outage
 # psycopg's pool keeps each call that timed out until it has a connection again. This limits how many it keeps.
 _MAX_WAITING = 100
-# Seconds for the first connection, and again for the others. During a reload, the old workers serve meanwhile.
+# Seconds for the first connection, and again for the others. Meanwhile, new clients wait for this worker.
 _FILL_TIMEOUT = 2
 # A statement may be silent because it takes a long time, such as a search through a million tasks. So after every two
 # intervals of 140 ms, another connection asks the server about it. If the server does not respond there either, the

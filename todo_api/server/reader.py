@@ -67,19 +67,23 @@ class Reader(SocketUnreader):
             self._begin()
             if self.data:
                 self.deadline = time.monotonic() + REQUEST_TIMEOUT
-        try:
-            piece = self.sock.recv(_PIECE, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            piece = None
-        if piece:
-            if not self.data:
-                self.deadline = time.monotonic() + REQUEST_TIMEOUT
-            self.data += piece
-        # At the end of the connection, the parser finds out what is missing.
-        self.is_whole = piece == b"" or (bool(self.data) and self._has_request())
+                self.is_whole = self._has_request()
+        if not self.is_whole:  # otherwise the data of a client that pipelines requests would only accumulate here
+            self._receive_piece()
         if self.is_whole:
             self.deadline = time.monotonic() + (BODY_TIMEOUT if self._is_large else 0)
         return self.is_whole
+
+    def _receive_piece(self) -> None:
+        try:
+            piece = self.sock.recv(_PIECE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if not self.data:
+            self.deadline = time.monotonic() + REQUEST_TIMEOUT
+        self.data += piece
+        # At the end of the connection, the parser finds out what is missing.
+        self.is_whole = (bool(self.data) and self._has_request()) or not piece
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """Return the next bytes for the parser. This waits only for a body that is too large to be kept here."""
@@ -100,20 +104,22 @@ class Reader(SocketUnreader):
         if not self._end:
             end = self.data.find(_BLANK_LINE, max(0, self._at - 3))
             self._at = len(self.data)
-            if (self._at if end < 0 else end) > HEAD_SIZE:
-                raise LimitRequestHeaders(f"larger than {HEAD_SIZE} bytes")
             if end < 0:
-                return self._is_rejected()
+                return self._is_rejected(self._at - 3)  # a part of the blank line may be there
+            if end > HEAD_SIZE:
+                return self._is_rejected(end)
             self._read_head(end + len(_BLANK_LINE))
         return self._has_chunks() if self._is_chunked else len(self.data) >= self._end
 
-    def _is_rejected(self) -> bool:
-        """Return whether the parser rejects an unfinished head without reading more."""
+    def _is_rejected(self, size: int) -> bool:
+        """Return whether the parser rejects an unfinished or too large head without reading more."""
         line, ended, _ = bytes(self.data).removeprefix(b"\r\n").partition(b"\r\n")
         if _NOT_IN_A_HEAD.search(line):
             raise InvalidRequestLine(line.decode("latin-1"))
         if len(line) > MAX_REQUEST_LINE + 1 or (ended and not _REQUEST_LINE.fullmatch(line)):
             return True
+        if size > HEAD_SIZE:
+            raise LimitRequestHeaders(f"larger than {HEAD_SIZE} bytes")
         return self.data.count(b"\n") != self.data.count(b"\r\n")
 
     def _read_head(self, end: int) -> None:
