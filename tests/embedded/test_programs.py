@@ -175,7 +175,7 @@ def test_without_the_package_everything_works_with_database_url(
 def test_without_the_package_and_without_client_programs_a_command_fails_with_one_line(
     arguments: list[str], python_without_package: list[str], database_url: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_bytes(b"PGDMP")  # a backup begins with it
     files = [str(tmp_path / name) for name in arguments[1:]]
     done = subprocess.run(
         [*python_without_package, "flask", "--app", "wsgi", arguments[0], *files],
