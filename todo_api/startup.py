@@ -122,9 +122,6 @@ def prepare(settings: Settings) -> str:
     with _locks.setdefault(settings.database_url or str(settings.data_dir), threading.Lock()):
         conninfo = ensure_server(settings)
         if conninfo not in _prepared:
-            if not settings.database_url:
-                command = shlex.join([embedded.psql(settings.postgres_bin), conninfo])
-                log.info("to use PostgreSQL with psql: %s", command)
             owner = owner_url(settings, conninfo)
             check_session_settings(settings)
             role, pooler = settings.database_role, settings.database_pooler
@@ -134,6 +131,9 @@ def prepare(settings: Settings) -> str:
             database.ensure_role(conninfo, role, pooler=pooler, owner=owner)
             if not settings.database_pooler:
                 _check_connection_limit(settings, conninfo)
+            if not settings.database_url:
+                command = shlex.join([embedded.psql(settings.postgres_bin), conninfo])
+                log.info("to use PostgreSQL with psql: %s", command)
             _prepared[conninfo] = suited
         return _prepared[conninfo]
 
