@@ -47,12 +47,19 @@ class Service:
 
     def took(self, status: int) -> list[float]:
         """Return the seconds that each response of a status took, as logged, without the waits for a processor."""
+        return [self.processed(begin, end) for begin, end in self.periods(str(status))]
+
+    def periods(self, status: str = r"\d+") -> list[tuple[float, float]]:
+        """Return when each request whose response has a status began and ended, as logged, as times of time.time()."""
         found = []
         for moment, milliseconds in re.findall(rf"(?m)^(\S+ \S+) .* {status} ([\d.]+)ms ", self.log()):
             end = datetime.strptime(moment, "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
-            seconds = float(milliseconds) / 1000
-            found.append(max(0, seconds - self.processor_waits.between(end - seconds, end)))
+            found.append((end - float(milliseconds) / 1000, end))
         return found
+
+    def processed(self, begin: float, end: float) -> float:
+        """Return the seconds between two moments, without the waits for a processor."""
+        return max(0, end - begin - self.processor_waits.between(begin, end))
 
     def answers(self, path: str = "/readyz") -> bool:
         """Return whether the service responds to a GET with 200."""
