@@ -1,12 +1,13 @@
 """The WSGI application. As a program, this file becomes gunicorn with the settings of server/gunicorn_conf.py."""
 
+import os
 import signal
-import sys
 
 if __name__ == "__main__":
-    # The imports below take a second. Process 1 of a container ignores signals that have no handler.
+    # The imports below take a second. Process 1 of a container ignores signals that have no handler. An exception would
+    # be lost in some lines of an import, and there is nothing to clean up yet.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: os._exit(0))
 
 import click
 

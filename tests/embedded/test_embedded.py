@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -251,6 +252,51 @@ def test_a_stop_during_the_start_leaves_no_process(
     assert service.stop(signal_number) == 0
     assert servers_in(tmp_path) == []
     assert "Traceback" not in service.log()
+
+
+# Starts the server of a folder, and sends itself a signal to stop when a function comes to its nth line.
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from todo_api import embedded
+
+data_dir, programs, function, lines = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+def trace(frame, event, _):
+    global lines
+    if event == "line" and frame.f_code.co_name == function:
+        lines -= 1
+        if not lines:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return trace
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+sys.settrace(trace)
+embedded.start(data_dir, programs)
+sys.exit("the signal is lost")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("record", 1),  # the server has been started, and its process id is not recorded yet
+        *(("_internal_poll", line) for line in range(1, 6)),  # in the standard library: __del__ calls it; it has a lock
+    ],
+)
+def test_a_stop_at_an_unsafe_line_of_the_start_leaves_no_process(
+    function: str, line: int, tmp_path: Path, data_dir: Path
+) -> None:
+    (programs := tmp_path / "programs").mkdir()
+    for program in BIN.iterdir():
+        (programs / program.name).symlink_to(program)
+    (programs / "postgres").unlink()
+    # While it sleeps, nothing but the record in server.lock shows that this is the server.
+    (programs / "postgres").write_text(f'#!/bin/sh\n[ "$1" = -D ] && sleep 0.3\nexec {BIN / "postgres"} "$@"\n')
+    (programs / "postgres").chmod(0o755)
+    command = [sys.executable, "-c", SIGNALLED, str(data_dir), str(programs), function, str(line)]
+    done = subprocess.run(command, cwd=ROOT, timeout=120, check=False)
+    assert (done.returncode, servers_in(tmp_path)) == (0, [])
 
 
 def test_a_damaged_postmaster_pid_is_repaired(tmp_path: Path, stopped_data_dir: Path, start: Start) -> None:

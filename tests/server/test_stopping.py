@@ -97,6 +97,31 @@ def test_sigterm_answers_all_accepted_requests_and_exits_with_0(
     crowd.assert_nothing_lost(postgres.conninfo)
 
 
+# Python imports this module at its start, if it finds it.
+SIGNAL_IN_DEL = """
+import os, signal, psycopg
+
+unchanged = psycopg.Connection.__del__
+
+def __del__(self):
+    psycopg.Connection.__del__ = unchanged
+    os.kill(os.getpid(), signal.SIGTERM)
+    unchanged(self)
+
+psycopg.Connection.__del__ = __del__
+"""
+
+
+def test_a_signal_to_stop_whose_exception_python_ignores_ends_the_start(
+    database_url: str, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_IN_DEL)
+    service = start(DATABASE_URL=database_url, PYTHONPATH=tmp_path)
+    assert service.process.wait(timeout=120) == 0
+    assert "Exception ignored in" in service.log()
+    assert "serving" not in service.log()
+
+
 def test_a_stopping_service_serves_open_connections_once_more_and_refuses_new_ones(
     begin: Callable[..., Service],
 ) -> None:

@@ -26,7 +26,7 @@ from psycopg.pq import Ping
 
 from todo_api import config
 from todo_api.config import StartError
-from todo_api.embedded import access, locks, programs, socket_folder
+from todo_api.embedded import access, locks, programs, socket_folder, stop_signals
 from todo_api.embedded import cluster as clusters
 from todo_api.embedded.programs import Programs
 
@@ -66,7 +66,8 @@ def start(
     """
     config.drop_libpq_variables()
     try:
-        return _start(data_dir, postgres_bin, connections, role)
+        with stop_signals.deferred():
+            return _start(data_dir, postgres_bin, connections, role)
     except (OSError, UnicodeError) as error:
         raise StartError(f"DATA_DIR {data_dir}: {error}") from error
 
@@ -147,7 +148,8 @@ class _Wait:
         if self.seconds > _SHORT_WAIT and not self._is_logged:
             log.warning("waiting for %s", self._subject)
             self._is_logged = True
-        time.sleep(0.02)
+        with stop_signals.received():
+            time.sleep(0.02)
 
 
 def _take_at_once(path: Path) -> int | None:
@@ -275,8 +277,7 @@ def _leave(setting: Path) -> None:
     """Release this process's lock, and stop the server if no other process uses it."""
     if setting not in _users:
         return  # this process was forked from the one that started the server
-    # Otherwise a second Ctrl-C, or gunicorn's next signal to a worker, would interrupt the stop.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+    stop_signals.ignore()  # a second Ctrl-C, or gunicorn's next signal to a worker, would interrupt the stop
     data_dir = setting.resolve()
     try:
         with ExitStack() as locked:
@@ -383,7 +384,8 @@ def _launch(cluster: Path, found: Programs, connections: int) -> str:
     except BaseException:
         if server:
             server.send_signal(signal.SIGINT)
-            server.wait()
+            with stop_signals.received():
+                server.wait()
         socket_folder.remove(folder, cluster)
         raise
     return conninfo

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from todo_api.config import StartError
+from todo_api.embedded import stop_signals
 
 _NEEDED = ("postgres", "initdb", "createuser", "createdb", "pg_isready", "psql")
 _PING_RESULTS = range(4)
@@ -154,16 +155,24 @@ def _check(folder: Path, source: str) -> Programs:
 
 def _call(command: Sequence[str], kept: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd="/",
             env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
             pass_fds=kept,
         )
     except OSError as error:  # it is not a program for this machine
         raise StartError(f"{command[0]} cannot be run: {error.strerror}") from error
+    with process:
+        try:
+            with stop_signals.received():
+                output, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
