@@ -1,12 +1,12 @@
 """What the tests of the embedded PostgreSQL share."""
 
-import os
 import re
 import stat
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.support.capabilities import ROOT, root_lacks
 from tests.support.environment import environment
 from tests.support.service import Service
 from todo_api.embedded import programs
@@ -16,19 +16,10 @@ NOBODY = 65534
 UNKNOWN = 4711  # a user id without an entry in /etc/passwd
 
 # Precedes the commands that root must run as another user. The capability lets that user read closed folders, in which
-# the interpreter or the tests' folder may be. It does not let the user write there.
-AS_USER = (
-    [
-        "setpriv",
-        f"--reuid={NOBODY}",
-        f"--regid={NOBODY}",
-        "--clear-groups",
-        "--inh-caps=+dac_read_search",
-        "--ambient-caps=+dac_read_search",
-    ]
-    if os.geteuid() == 0
-    else []
-)
+# the interpreter or the tests' folder may be. It does not let the user write there. Root in a container cannot pass it
+# on, and there the folders have to be open.
+_READ_ALL = [] if root_lacks("dac_read_search") else ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+AS_USER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *_READ_ALL] if ROOT else []
 
 
 def as_user(user: int) -> list[str]:
