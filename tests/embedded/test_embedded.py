@@ -292,7 +292,7 @@ def test_a_stop_at_an_unsafe_line_of_the_start_leaves_no_process(
         (programs / program.name).symlink_to(program)
     (programs / "postgres").unlink()
     # While it sleeps, nothing but the record in server.lock shows that this is the server.
-    (programs / "postgres").write_text(f'#!/bin/sh\n[ "$1" = -D ] && sleep 0.3\nexec {BIN / "postgres"} "$@"\n')
+    (programs / "postgres").write_text(f"#!/bin/sh\n[ $1 = -D ] && sleep 0.3\nexec '{BIN / 'postgres'}' \"$@\"\n")
     (programs / "postgres").chmod(0o755)
     command = [sys.executable, "-c", SIGNALLED, str(data_dir), str(programs), function, str(line)]
     done = subprocess.run(command, cwd=ROOT, timeout=120, check=False)

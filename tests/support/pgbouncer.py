@@ -90,6 +90,7 @@ class PgBouncer:
 def running(conninfo: str, **settings: object) -> Iterator[PgBouncer]:
     """Run a PgBouncer in front of a server, and kill it at the end of the block."""
     with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)  # PgBouncer may run as another user
         pgbouncer = PgBouncer(Path(folder), conninfo, **settings)
         try:
             yield pgbouncer
