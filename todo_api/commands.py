@@ -78,8 +78,7 @@ def _ends_in_one_line() -> Iterator[None]:
 
     A normal exit stops the embedded server.
     """
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))  # the exit status that shells use
+    startup.exit_on(signal.SIGHUP, signal.SIGTERM, status=lambda number: 128 + number)  # as shells do
     try:
         yield
     except (config.StartError, database.UnavailableError) as error:

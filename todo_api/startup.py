@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import threading
@@ -34,12 +35,28 @@ _shares: dict[str, int] = {}  # by DATABASE_URL, if its server allows too few co
 _unreachable: set[str] = set()  # each DATABASE_URL whose database could not be reached at the start
 # Each AUTH_JWKS that was checked at the start: a file that is replaced later stops no worker.
 _checked: set[str] = set()
+_signals: list[int] = []  # those to stop that have arrived
 
 
 def fail(reason: object, status: int = _FAILED) -> NoReturn:
     """End the process with one line on standard error; line breaks in the reason become spaces."""
     sys.stderr.write(f"todo_api: {' '.join(str(reason).split())}\n")
     raise SystemExit(status)
+
+
+def exit_on(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> None:
+    """End the process at the first of some signals. An exit stops an embedded server.
+
+    Later ones are ignored, because their exceptions would interrupt the exit.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        _signals.append(number)
+        if len(_signals) == 1:
+            sys.exit(status(number))
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def load_settings(status: int = _FAILED) -> Settings:
@@ -225,6 +242,8 @@ def prepare_or_fail(settings: Settings) -> None:
     except database.UnavailableError as error:
         _unreachable.add(settings.database_url)
         log.warning("the database cannot be reached yet: %s", _first_line(error))
+    if _signals:  # the exception was raised in a callback, such as __del__, where Python ignores it
+        sys.exit(0)
 
 
 def _first_line(error: Exception) -> str:

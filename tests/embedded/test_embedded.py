@@ -242,12 +242,13 @@ def test_sigterm_and_sigint_leave_no_process(tmp_path: Path, stopped_data_dir: P
     assert [service.log() for service in services if "Traceback" in service.log()] == []
 
 
+@pytest.mark.parametrize("option", ["--log-level=warning", "--preload"])
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_during_the_start_leaves_no_process(
-    signal_number: signal.Signals, tmp_path: Path, data_dir: Path, start: Start
+    signal_number: signal.Signals, option: str, tmp_path: Path, data_dir: Path, start: Start
 ) -> None:
     (data_dir / "postgres.log").unlink()
-    service = start(DATA_DIR=data_dir)
+    service = start(DATA_DIR=data_dir, command=[sys.executable, "wsgi.py", option])
     wait_until((data_dir / "postgres.log").exists)  # created just before the server's process
     assert service.stop(signal_number) == 0
     assert servers_in(tmp_path) == []
@@ -273,7 +274,8 @@ def trace(frame, event, _):
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 sys.settrace(trace)
 embedded.start(data_dir, programs)
-sys.exit("the signal is lost")
+if function != "ignore":
+    sys.exit("the signal is lost")
 """
 
 
@@ -281,6 +283,7 @@ sys.exit("the signal is lost")
     ("function", "line"),
     [
         ("record", 1),  # the server has been started, and its process id is not recorded yet
+        *(("ignore", line) for line in range(4, 7)),  # at the exit, which begins to ignore the signals
         *(("_internal_poll", line) for line in range(1, 6)),  # in the standard library: __del__ calls it; it has a lock
     ],
 )

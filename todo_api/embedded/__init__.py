@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -94,11 +93,11 @@ def _start(setting: Path, postgres_bin: Path | None, connections: int, role: str
             clusters.create(cluster, found, lock)
         if running and setting in _served:
             return running
-        conninfo = running or _launch(cluster, found, connections)
+        conninfo = running or _launch(cluster, server_lock, found, connections)
         if _needs_superuser(conninfo, found, role) and not _can_log_in(_as_superuser(conninfo)):
             access.allow(cluster, _NAME, _SUPERUSER)
             clusters.stop(cluster, server_lock)
-            conninfo = _launch(cluster, found, connections)
+            conninfo = _launch(cluster, server_lock, found, connections)
         # A server that was started here has the rules in the file. A running one may still have those before them, if
         # the start that replaced them was killed.
         if running or not access.is_allowed_only(cluster, _NAME):
@@ -257,7 +256,9 @@ def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
     A forked process is no user, because it ends before its parent.
     """
     if setting not in _users and setting not in _served:
-        _users[setting] = locks.take(data_dir / "users.lock", fcntl.LOCK_SH)
+        with stop_signals.received():
+            lock = locks.take(data_dir / "users.lock", fcntl.LOCK_SH)
+        _users[setting] = lock
         atexit.register(_leave, setting)
     if setting in _servers and not _servers[setting].is_of(data_dir):  # a copy has replaced the folder
         _abandon(setting)
@@ -364,7 +365,7 @@ def _running(cluster: Path, lock: locks.ServerLock, found: Programs) -> str | No
         wait.go_on()
 
 
-def _launch(cluster: Path, found: Programs, connections: int) -> str:
+def _launch(cluster: Path, lock: locks.ServerLock, found: Programs, connections: int) -> str:
     """Start the server and return its connection string.
 
     Raises:
@@ -383,9 +384,7 @@ def _launch(cluster: Path, found: Programs, connections: int) -> str:
         _wait_for_response(server, conninfo, cluster, found)
     except BaseException:
         if server:
-            server.send_signal(signal.SIGINT)
-            with stop_signals.received():
-                server.wait()
+            clusters.stop(cluster, lock)
         socket_folder.remove(folder, cluster)
         raise
     return conninfo
@@ -445,7 +444,8 @@ def _can_log_in(conninfo: str, role: str = "") -> bool:
     """Return whether a user can log in and, if there is a role, may work as that."""
     try:
         options = "-c role=" + re.sub(r"([\\\s])", r"\\\1", role) if role else None
-        psycopg.connect(conninfo, options=options, connect_timeout=_HIDDEN_TIMEOUT).close()
+        with stop_signals.received():
+            psycopg.connect(conninfo, options=options, connect_timeout=_HIDDEN_TIMEOUT).close()
     except psycopg.OperationalError:
         return False
     return True

@@ -5,7 +5,7 @@ At another line it could leave a server whose process id nobody knows yet, or a 
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
@@ -33,5 +33,10 @@ def received() -> Iterator[None]:
 
 def ignore() -> None:
     """Ignore the signals from now on. Only the main thread may call this."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    done = False
+    while not done:
+        with suppress(SystemExit, KeyboardInterrupt):  # of a signal that has just arrived
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            done = True

@@ -7,11 +7,9 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
 from gunicorn import systemd
 
@@ -89,7 +87,7 @@ def on_starting(server: Any) -> None:
     _check(cfg := server.cfg)
     if _settings.local_only:
         _check_addresses(cfg)
-    is_stopped = _exit_on_signals()
+    startup.exit_on(signal.SIGTERM, signal.SIGINT)  # until gunicorn sets its own handlers
     # After SIGUSR2, and if systemd activates the socket, gunicorn inherits its sockets.
     if not server.master_pid and not _systemd_sockets():
         for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
@@ -103,25 +101,6 @@ def on_starting(server: Any) -> None:
     if _settings.metrics_port:
         _open_metrics_port(cfg, _settings.metrics_port)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
-    if is_stopped():
-        sys.exit(0)
-
-
-def _exit_on_signals() -> Callable[[], bool]:
-    """End the process on SIGTERM and SIGINT until gunicorn sets its own handlers. An exit stops an embedded server.
-
-    Return a function that returns whether there was such a signal. The exit is an exception, which Python ignores in a
-    callback such as ``__del__``.
-    """
-    received = []
-
-    def end(number: int, _frame: object) -> NoReturn:
-        received.append(number)
-        sys.exit(0)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    return lambda: bool(received)
 
 
 _metrics_ports: list[Any] = []  # one, or none without METRICS_PORT
