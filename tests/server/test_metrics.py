@@ -286,6 +286,26 @@ SLOW_INSERTS = """
 """
 
 
+def test_a_scrape_in_progress_is_answered_by_a_worker_that_is_replaced(begin: Begin) -> None:
+    service, url = begin(WEB_CONCURRENCY=1)
+    [replaced] = workers(service)
+    port = httpx.URL(url).port or 0
+
+    def states() -> set[str]:
+        """Return the states of the worker's sockets of METRICS_PORT."""
+        with suppress(psutil.NoSuchProcess):
+            return {found.status for found in replaced.net_connections() if found.laddr.port == port}
+        return set()
+
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.1\r\n")
+        wait_until(lambda: "ESTABLISHED" in states())
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "LISTEN" not in states())
+        scraper.sendall(b"Host: localhost\r\n\r\n")
+        assert scraper.recv(65_536).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 def test_a_scrape_does_not_wait_for_the_threads_of_requests(begin: Begin, postgres: Postgres) -> None:
     service, url = begin(DATABASE_URL=as_url(postgres.conninfo), WEB_THREADS=1)
     with psycopg.connect(postgres.conninfo, autocommit=True) as db, ThreadPoolExecutor(1) as thread:

@@ -145,6 +145,8 @@ def accepts(service: Service) -> bool:
         connect(service, b"").close()
     except ConnectionRefusedError:
         return False
+    except ConnectionResetError:  # the listening socket was closed during the attempt
+        return accepts(service)
     return True
 
 

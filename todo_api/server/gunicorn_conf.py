@@ -235,6 +235,12 @@ def post_worker_init(worker: Any) -> None:
     database.fill_pools(worker.cfg.threads)
 
 
+def worker_exit(_server: Any, _worker: Any) -> None:
+    """Respond to the scrapes that this worker has accepted."""
+    for port in _metrics_ports:
+        port.end()
+
+
 def when_ready(server: Any) -> None:
     """Log where the service listens. From now on, SIGTERM drains it first, if DRAIN_SECONDS is set."""
     if _settings.drain_seconds:

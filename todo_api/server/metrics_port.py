@@ -10,7 +10,9 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from itertools import accumulate
 
@@ -33,6 +35,8 @@ from todo_api.server.unreadable import problem_bytes
 _MOST_CLIENTS = 32  # of a worker; one more ends the oldest one
 _TIMEOUT = 5.0  # seconds for a whole request and its response
 _PAUSE = 1.0  # seconds between two updates of the state of the pools
+_ACCEPT_TIME = 0.02  # seconds in which the last connections that were accepted become clients
+_LAST_TIMEOUT = 1.0  # seconds for the scrapes that are in progress when a worker ends
 _HEAD_SIZE = 8 * 1024  # bytes
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LABELS = ("method", "route", "status")
@@ -76,6 +80,8 @@ class MetricsPort:
         self._registry = CollectorRegistry()
         self._registry.register(_Figures())
         self._clients: dict[asyncio.StreamWriter, None] = {}  # the oldest one first
+        self._thread: threading.Thread | None = None
+        self._end: Callable[[], object] = lambda: None
 
     def inheritable(self) -> str:
         """Let a program that replaces this process inherit the port and the figures, and return their numbers."""
@@ -88,17 +94,31 @@ class MetricsPort:
         """Count the requests of this worker, and start the thread that responds to scrapes."""
         if not metrics.begin():
             log.warning("METRICS_PORT: there are too many workers; this one counts nothing")
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="metrics", daemon=True)
         try:
-            threading.Thread(target=lambda: asyncio.run(self._serve()), name="metrics", daemon=True).start()
+            thread.start()
+            self._thread = thread
         except RuntimeError as error:  # the limit of processes is reached; other workers respond
             log.warning("METRICS_PORT: this worker does not respond to scrapes: %s", error)
 
+    def end(self) -> None:
+        """Accept no more connections in this worker, and wait for the responses to those that it has accepted."""
+        with suppress(RuntimeError):  # the thread has ended
+            self._end()
+        if self._thread:
+            self._thread.join(_LAST_TIMEOUT)
+
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._handle, sock=self.listener, limit=_HEAD_SIZE, backlog=_MOST_CLIENTS)
+        ending = asyncio.Event()
+        self._end = partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set)
         async with server:
-            while True:
+            while not ending.is_set():
                 _update()
-                await asyncio.sleep(_PAUSE)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(ending.wait(), _PAUSE)
+        await asyncio.sleep(_ACCEPT_TIME)
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._clients[writer] = None
