@@ -81,7 +81,7 @@ class MetricsPort:
         self._registry.register(_Figures())
         self._clients: dict[asyncio.StreamWriter, None] = {}  # the oldest one first
         self._thread: threading.Thread | None = None
-        self._end: Callable[[], object] = lambda: None
+        self._wake: Callable[[], object] = lambda: None
 
     def inheritable(self) -> str:
         """Let a program that replaces this process inherit the port and the figures, and return their numbers."""
@@ -104,14 +104,14 @@ class MetricsPort:
     def end(self) -> None:
         """Accept no more connections in this worker, and wait for the responses to those that it has accepted."""
         with suppress(RuntimeError):  # the thread has ended
-            self._end()
+            self._wake()
         if self._thread:
             self._thread.join(_LAST_TIMEOUT)
 
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._handle, sock=self.listener, limit=_HEAD_SIZE, backlog=_MOST_CLIENTS)
         ending = asyncio.Event()
-        self._end = partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set)
+        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, ending.set)
         async with server:
             while not ending.is_set():
                 _update()
