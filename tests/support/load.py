@@ -152,9 +152,17 @@ class Exchange:
 class Crowd(Clients):
     """Keep-alive clients in one thread that record how their connections end. Thousands of them are cheap enough."""
 
-    def __init__(self, service: Service, clients: int, kinds: Sequence[str] = ("create",), pause: float = 0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        clients: int,
+        kinds: Sequence[str] = ("create",),
+        *,
+        pause: float = 0,
+        keep_alive: bool = True,
+    ) -> None:
         """Start the clients. Each sends random ``kinds`` of requests, and waits ``pause`` seconds before it closes."""
-        self.port, self.kinds, self.pause = service.port, kinds, pause
+        self.port, self.kinds, self.pause, self.keep_alive = service.port, kinds, pause, keep_alive
         self.shared = create(service.client)  # all clients toggle this task
         assert self.shared.response
         self.path = f"/api/tasks/{self.shared.response.json()['id']}"
@@ -230,6 +238,8 @@ class Crowd(Clients):
             "list": "GET /api/tasks",
         }[kind]
         headers = f"X-Request-ID: {name}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        if not self.keep_alive:
+            headers += "\r\nConnection: close"
         return f"{line} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n{body}".encode()
 
     def assert_nothing_lost(self, conninfo: str) -> None:

@@ -16,9 +16,10 @@ OVERRIDDEN = {
     _GTHREAD: {
         *("__init__", "init_process", "init_signals", "run", "accept", "enqueue_req", "handle", "finish_request"),
         *("murder_pending", "_cap_keepalive", "check_config", "handle_request", "handle_error"),
+        *("handle_exit", "wait_for_and_dispatch_events"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
-    "gunicorn.arbiter:Arbiter": {"spawn_worker", "reexec"},
+    "gunicorn.arbiter:Arbiter": {"spawn_worker", "reexec", "stop"},
     "gunicorn.http.wsgi": {"Response"},
     "gunicorn.http.body:Body": {"read"},
     "gunicorn.http.unreader:SocketUnreader": {"__init__", "chunk", "take_buffered", "unread"},

@@ -17,7 +17,7 @@ from todo_api import database, draining, logs, startup, tokens
 
 # gunicorn would take the name "config" for its setting.
 from todo_api.config import NUMBERS, ROOT, is_loopback, take_variable
-from todo_api.server import gunicorn_check
+from todo_api.server import gunicorn_check, stopping
 
 _settings = startup.load_settings()
 logs.configure(_settings.log_format, _settings.log_level)
@@ -98,6 +98,7 @@ def on_starting(server: Any) -> None:
     server.cfg.set("reload", False)
     if not difference:
         _fork_safely(server)
+        _stop_without_resets(server)
     if _settings.metrics_port:
         _open_metrics_port(cfg, _settings.metrics_port)
     startup.prepare_or_fail(dataclasses.replace(_settings, web_concurrency=cfg.workers, web_threads=cfg.threads))
@@ -177,6 +178,18 @@ def _fork_safely(server: Any) -> None:
                 os._exit(1)  # the process that should have become the new service
 
     server.spawn_worker, server.reexec = try_to_spawn_worker, try_to_reexec
+
+
+def _stop_without_resets(server: Any) -> None:
+    """Let the kernel ignore new connections before gunicorn closes the sockets, unless another service uses them."""
+    stop = server.stop
+
+    def begin_and_stop(*args: Any) -> None:
+        is_shared = server.systemd or _shares_its_port(server)
+        stopping.begin([] if is_shared else server.LISTENERS)
+        stop(*args)
+
+    server.stop = begin_and_stop
 
 
 def _check(cfg: Any) -> None:

@@ -25,7 +25,7 @@ from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
 
 from todo_api import config, startup
-from todo_api.server import gunicorn_check
+from todo_api.server import gunicorn_check, stopping
 from todo_api.server.client_socket import ClientSocket
 from todo_api.server.reader import REQUEST_TIMEOUT, Reader
 from todo_api.server.response import Response
@@ -38,6 +38,8 @@ _RESPAWN_PAUSE = 1  # second
 _READ_TIMEOUT = 10.0  # seconds in which a client reads nothing of a response
 _KEPT_RESPONSES = 256 * 1024 * 1024  # bytes that clients have not read yet
 _KEPT_REQUESTS = 256 * 1024 * 1024  # bytes of unfinished requests
+_HANDSHAKE_TIME = 0.05  # seconds for handshakes in progress; more than a round trip within a data centre
+_MASTER_TIME = 2.0  # seconds for the master to begin its stop, if it was signalled at the same time
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
 
@@ -63,12 +65,15 @@ class Worker(ThreadWorker):
     slowly. The poller of the main loop waits for all three.
     """
 
+    alive: bool  # false once the worker accepts no connections any more
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Create a worker without connections."""
         super().__init__(*args, **kwargs)
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
         self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
         self.sending: dict[Any, Any] = {}  # connections whose client reads slowly, with their results
+        self.stop_at = inf  # when the worker stops to accept connections, by time.monotonic()
         self.request_deadline = inf  # an upper limit for the deadlines of all requests, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
         # Held while a thread adds an idle connection, so that none is added after the stop has begun.
@@ -109,6 +114,24 @@ class Worker(ThreadWorker):
         """Set the worker's handlers, and receive the signals that were sent to it since the fork."""
         super().init_signals()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def handle_exit(self, _number: int, _frame: Any) -> None:
+        """Stop on SIGTERM, but accept connections until the handshakes in progress have ended.
+
+        If the master stops too, no worker may close its sockets before the kernel ignores new connections: nobody would
+        accept those that arrive in between. Then the master sends another SIGTERM.
+        """
+        wait = _HANDSHAKE_TIME if stopping.has_begun() else _MASTER_TIME
+        self.stop_at = min(self.stop_at, time.monotonic() + wait)
+        self.method_queue.defer(lambda: None)  # wakes up the main loop
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """Wait for connections that need the main loop, until the worker stops accepting them."""
+        if self.alive:
+            timeout = min(timeout, max(self.stop_at - time.monotonic(), 0))
+        super().wait_for_and_dispatch_events(timeout)
+        if time.monotonic() >= self.stop_at:
+            self.alive = False
 
     def run(self) -> None:
         """Handle requests until the worker stops."""
