@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.containers import FEW_CAPABILITIES, container, stop
-from tests.support.embedded import assert_failed_with_one_line, copy, create_task, has_task
+from tests.support.embedded import (
+    assert_failed_with_one_line,
+    copy,
+    create_task,
+    has_task,
+    launch_by_hand,
+    socket_folder,
+)
 from tests.support.fixtures import Start
 from tests.support.processes import children, postmaster_in, send, servers_in, wait_until
 
@@ -108,6 +115,20 @@ class Suspended:
     def __exit__(self, *_: object) -> None:
         """Resume them."""
         send(signal.SIGCONT, *self.processes)
+
+
+@as_root
+def test_root_without_capabilities_uses_a_manually_started_server(
+    open_folder: Path, data_dir: Path, open_programs: Path, start: Start
+) -> None:
+    (sockets := open_folder / "sockets").mkdir()
+    sockets.chmod(0o777)
+    manual_server = launch_by_hand(data_dir / "postgres", sockets, open_programs)
+    service = start(DATA_DIR=data_dir, POSTGRES_BIN=open_programs, prefix=FEW_CAPABILITIES).wait()
+    assert socket_folder(service) == sockets
+    assert service.stop() == 0
+    assert manual_server.wait(timeout=120) == 0
+    assert servers_in(open_folder) == []
 
 
 @as_root

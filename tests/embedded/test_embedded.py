@@ -24,6 +24,7 @@ from tests.support.embedded import (
     copy,
     create_task,
     has_task,
+    launch_by_hand,
     owner,
     permissions,
     query,
@@ -348,22 +349,7 @@ def test_a_manually_started_server_is_used_and_its_socket_folder_is_kept(
     try:
         (sockets / "precious").touch()
         sockets.chmod(0o777)
-        owner_prefix = as_user(owner(data_dir / "postgres"))
-        manual_server = subprocess.Popen(
-            [
-                *owner_prefix,
-                BIN / "postgres",
-                "-D",
-                data_dir / "postgres",
-                "-h",
-                "",
-                "-k",
-                sockets,
-            ],
-            cwd="/",
-            stderr=subprocess.DEVNULL,
-        )
-        wait_until((sockets / ".s.PGSQL.5432").exists)
+        manual_server = launch_by_hand(data_dir / "postgres", sockets)
         service = start(DATA_DIR=data_dir).wait()
         assert socket_folder(service) == sockets
         assert service.stop() == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.support.capabilities import ROOT, root_lacks
 from tests.support.environment import environment
+from tests.support.processes import wait_until
 from tests.support.service import Service
 from todo_api.embedded import programs
 
@@ -73,6 +74,14 @@ def query(service: Service, sql: str) -> str:
     result = subprocess.run(["sh", "-c", command], env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def launch_by_hand(cluster: Path, sockets: Path, folder: Path = BIN) -> subprocess.Popen[bytes]:
+    """Start the server of a cluster without the service, with the programs in a folder, and wait for its socket."""
+    command: list[str | Path] = [*as_user(owner(cluster)), folder / "postgres", "-D", cluster, "-h", "", "-k", sockets]
+    server = subprocess.Popen(command, cwd="/", stderr=subprocess.DEVNULL)
+    wait_until((sockets / ".s.PGSQL.5432").exists)
+    return server
 
 
 def owner(path: Path) -> int:

@@ -32,6 +32,7 @@ _NOBODY = 65534
 _OWN_USERS = range(58_432, 58_000, -1)
 _STOP_TIMEOUT = 60  # seconds
 _FIRST_WITH_BUILTIN_LOCALES = 17  # a major version of PostgreSQL
+_START_TOLERANCE = 3  # seconds between the start of a process and the time that the process records
 _ORPHANS_TIMEOUT = 5  # seconds; the processes of a postmaster that was killed end by themselves
 _GROUP_OR_OTHERS = stat.S_IWGRP | stat.S_IRWXO  # PostgreSQL refuses a cluster with one of these permissions
 # The bits of the capabilities in the masks of /proc/self/status. Root needs the first ones to create and start a
@@ -246,16 +247,32 @@ def postmasters(cluster: Path, lock: locks.ServerLock) -> list[psutil.Process]:
     """Return the topmost processes of the server: its postmaster, or the processes that a killed postmaster left.
 
     The server's lock names the postmaster. A server that was started by hand holds no such lock, and is found by its
-    working directory, because the process id in postmaster.pid may belong to another process.
+    working directory, because the process id in postmaster.pid may belong to another process. Root in a container may
+    not see this directory: then the time of the start must be the one in postmaster.pid.
     """
     if postmaster := lock.postmaster():
         return [postmaster]
+    recorded = _recorded_start(cluster)
     servers = {
         process.pid: process
-        for process in psutil.process_iter(["name", "cwd", "ppid"])
-        if process.info["name"] == "postgres" and process.info["cwd"] == str(cluster)
+        for process in psutil.process_iter(["name", "cwd", "ppid", "create_time"])
+        if process.info["name"] == "postgres"
+        and (process.info["cwd"] == str(cluster) if process.info["cwd"] else _is_start_of(process, *recorded))
     }
     return [process for process in servers.values() if process.info["ppid"] not in servers]
+
+
+def _recorded_start(cluster: Path) -> tuple[int, int]:
+    """Return the postmaster's process id and the time of its start in seconds, from postmaster.pid, or zeros."""
+    try:
+        lines = (cluster / "postmaster.pid").read_bytes().split(b"\n")
+        return int(lines[0]), int(lines[2])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+
+
+def _is_start_of(process: psutil.Process, pid: int, seconds: int) -> bool:
+    return process.pid == pid and abs(process.info["create_time"] - seconds) < _START_TOLERANCE
 
 
 def last_error(cluster: Path) -> str:
