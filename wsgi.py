@@ -6,7 +6,7 @@ import signal
 if __name__ == "__main__":
     # The imports below take a second. Process 1 of a container ignores signals that have no handler. An exception would
     # be lost in some lines of an import, and there is nothing to clean up until server.run() sets other handlers.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
 
 import click

@@ -27,6 +27,8 @@ _MIGRATE_TIMEOUT = 30
 # If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
 _FAILED = 3
 
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these. So gunicorn's workers know what the master has done.
 # By the connection strings of databases whose migrations are applied: the connection strings for the pool.
@@ -47,16 +49,19 @@ def fail(reason: object, status: int = _FAILED) -> NoReturn:
 def exit_on(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> None:
     """End the process at the first of some signals. An exit stops an embedded server.
 
-    Later ones are ignored, because their exceptions would interrupt the exit.
+    Later ones are ignored, because their exceptions would interrupt the exit. SIGHUP stays ignored under nohup.
     """
 
     def end(number: int, _frame: object) -> None:
         _signals.append(number)
+        for later in numbers:
+            signal.signal(later, signal.SIG_IGN)
         if len(_signals) == 1:
             sys.exit(status(number))
 
     for number in numbers:
-        signal.signal(number, end)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def load_settings(status: int = _FAILED) -> Settings:
@@ -233,6 +238,8 @@ def prepare_or_fail(settings: Settings) -> None:
     If the database cannot be reached now, log that and return: the pool prepares it later. Processes that are forked
     after that return at once.
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        exit_on(signal.SIGTERM)  # another server, or gunicorn with --preload; PostgreSQL would be left running
     if settings.database_url in _unreachable:
         return  # gunicorn's master has waited and has logged it; its workers need not wait again
     try:

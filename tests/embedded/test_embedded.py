@@ -243,17 +243,38 @@ def test_sigterm_and_sigint_leave_no_process(tmp_path: Path, stopped_data_dir: P
     assert [service.log() for service in services if "Traceback" in service.log()] == []
 
 
-@pytest.mark.parametrize("option", ["--log-level=warning", "--preload"])
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+WSGI = [sys.executable, "wsgi.py"]
+GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "python:todo_api.server.gunicorn_conf", "wsgi:app"]
+
+
+@pytest.mark.parametrize(
+    ("command", "signal_number"),
+    [
+        *((WSGI, number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)),
+        ([*WSGI, "--preload"], signal.SIGTERM),
+        ([*WSGI, "--preload"], signal.SIGINT),
+        (GUNICORN, signal.SIGTERM),
+        ([*GUNICORN, "--preload"], signal.SIGTERM),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else value.name,
+)
 def test_a_stop_during_the_start_leaves_no_process(
-    signal_number: signal.Signals, option: str, tmp_path: Path, data_dir: Path, start: Start
+    command: list[str], signal_number: signal.Signals, tmp_path: Path, data_dir: Path, start: Start
 ) -> None:
     (data_dir / "postgres.log").unlink()
-    service = start(DATA_DIR=data_dir, command=[sys.executable, "wsgi.py", option])
+    service = start(DATA_DIR=data_dir, command=command)
     wait_until((data_dir / "postgres.log").exists)  # created just before the server's process
     assert service.stop(signal_number) == 0
     assert servers_in(tmp_path) == []
     assert "Traceback" not in service.log()
+
+
+def test_a_start_under_nohup_survives_sighup(data_dir: Path, start: Start) -> None:
+    (data_dir / "postgres.log").unlink()
+    service = start(DATA_DIR=data_dir, prefix=["nohup"])
+    wait_until((data_dir / "postgres.log").exists)
+    service.process.send_signal(signal.SIGHUP)
+    service.wait()
 
 
 # Starts the server of a folder, and sends itself a signal to stop when a function comes to its nth line.
@@ -275,7 +296,7 @@ def trace(frame, event, _):
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 sys.settrace(trace)
 embedded.start(data_dir, programs)
-if function != "ignore":
+if function not in {"ignore", "_leave"}:
     sys.exit("the signal is lost")
 """
 
@@ -284,7 +305,8 @@ if function != "ignore":
     ("function", "line"),
     [
         ("record", 1),  # the server has been started, and its process id is not recorded yet
-        *(("ignore", line) for line in range(4, 7)),  # at the exit, which begins to ignore the signals
+        *(("_leave", line) for line in range(1, 4)),  # at the exit
+        *(("ignore", line) for line in range(1, 7)),  # which begins to ignore the signals
         *(("_internal_poll", line) for line in range(1, 6)),  # in the standard library: __del__ calls it; it has a lock
     ],
 )

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +19,11 @@ import psycopg
 import pytest
 
 from tests.support.databases import as_url
+from tests.support.environment import ROOT, environment
 from tests.support.fixtures import Figure, Start
 from tests.support.load import Crowd
 from tests.support.postgres import Postgres, connections
-from tests.support.processes import postmaster_in, send, servers_in, wait_until
+from tests.support.processes import free_port, postmaster_in, send, servers_in, wait_until
 from tests.support.service import Service, workers
 
 KINDS = ("create", "create", "toggle", "get")
@@ -118,21 +121,54 @@ def test_connections_are_served_until_the_master_stops_though_the_workers_were_t
     assert service.process.wait(timeout=120) == 0
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/metrics"])
 def test_connections_that_arrive_during_a_stop_wait_for_its_end_and_are_refused_not_reset(
-    begin: Callable[..., Service],
+    path: str, begin: Callable[..., Service]
 ) -> None:
-    service = begin()
+    service = begin(METRICS_PORT=(metrics_port := free_port()))
+    port = metrics_port if path == "/metrics" else service.port
     with suspended(*workers(service)):
-        queued = connect(service, HEALTHZ)
+        queued = socket.create_connection(("127.0.0.1", port), timeout=60)
+        queued.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         service.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: not completes_a_handshake(service))
+        wait_until(lambda: not completes_a_handshake(port))
         late = socket.socket()
         late.settimeout(0)
-        late.connect_ex(("127.0.0.1", service.port))
+        late.connect_ex(("127.0.0.1", port))
     assert answers(queued)
     wait_until(lambda: late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED)
     late.close()
     assert service.process.wait(timeout=120) == 0
+
+
+def test_connections_that_wait_because_a_worker_has_reached_its_limit_are_served_at_a_stop(
+    begin: Callable[..., Service],
+) -> None:
+    command = [sys.executable, "wsgi.py", "--worker-connections", "6", "--threads", "2"]
+    service = begin(command=command, WEB_CONCURRENCY=1)
+    accepted = [connect(service, HEALTHZ) for _ in range(6)]
+    assert all(b"200 OK" in connection.recv(65_536) for connection in accepted)
+    waiting = [connect(service, HEALTHZ) for _ in range(3)]
+    service.process.send_signal(signal.SIGTERM)
+    assert all(answers(connection) for connection in waiting)
+    assert service.process.wait(timeout=120) == 0
+    for connection in accepted:
+        connection.close()
+
+
+def test_a_socket_that_another_program_has_opened_accepts_connections_after_a_stop(postgres: Postgres) -> None:
+    settings = environment(DATABASE_URL=as_url(postgres.conninfo), WEB_CONCURRENCY=1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "wsgi.py", "--bind", f"fd://{listener.fileno()}"]
+        for _ in range(2):
+            service = subprocess.Popen(command, cwd=ROOT, env=settings, pass_fds=[listener.fileno()])
+            try:
+                connection = socket.create_connection(listener.getsockname(), timeout=60)
+                connection.sendall(HEALTHZ)
+                assert answers(connection)
+            finally:
+                service.terminate()
+                assert service.wait(timeout=120) == 0
 
 
 @contextmanager
@@ -151,12 +187,12 @@ def answers(connection: socket.socket) -> bool:
         return b"200 OK" in connection.recv(65_536)
 
 
-def completes_a_handshake(service: Service) -> bool:
+def completes_a_handshake(port: int) -> bool:
     """Return whether the kernel completes the handshake of a new connection within half a second."""
     with socket.socket() as connection:
         connection.settimeout(0.5)
         with suppress(TimeoutError):
-            connection.connect(("127.0.0.1", service.port))
+            connection.connect(("127.0.0.1", port))
             return True
         return False
 
@@ -246,15 +282,36 @@ def test_workers_that_have_just_been_forked_stop_too(
     assert time.monotonic() - moment < 40  # a worker that missed the signal would be killed after 60 s
 
 
+@pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "connection per request"])
 def test_ctrl_c_under_load_exits_with_0_and_loses_no_acknowledged_write(
-    begin: Callable[..., Service], postgres: Postgres
+    keep_alive: bool, begin: Callable[..., Service], postgres: Postgres
 ) -> None:
     service = begin()
-    with Crowd(service, 24, KINDS) as crowd:
+    with Crowd(service, 24, KINDS, keep_alive=keep_alive) as crowd:
         wait_until(lambda: crowd.statuses()[201] > 300)
         os.killpg(service.process.pid, signal.SIGINT)
         assert service.process.wait(timeout=120) == 0
     crowd.assert_nothing_lost(postgres.conninfo)
+    assert "SIGKILL" not in service.log()  # a worker that hangs is killed after 10 s
+
+
+@pytest.mark.parametrize("moment", ["during the start", "while it serves"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_repeated_signals_to_stop_do_not_change_the_status(
+    number: signal.Signals, moment: str, start: Start, postgres: Postgres
+) -> None:
+    service = start(DATABASE_URL=as_url(postgres.conninfo))
+    wait_until(lambda: service.answers() if moment == "while it serves" else catches_sigterm(service.process.pid))
+    while service.process.poll() is None:
+        service.process.send_signal(number)
+        time.sleep(0.003)
+    assert service.process.returncode == 0
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Return whether a process has a handler for SIGTERM. Those for other signals are set before."""
+    [mask] = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def reload(service: Service) -> None:

@@ -1,7 +1,6 @@
 """gunicorn: its settings, its worker, and its responses to unreadable requests. Only this package imports gunicorn."""
 
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +25,7 @@ def run() -> NoReturn:
         sys.argv[1:1] = _ARGUMENTS
     # Absolute, because gunicorn changes to the project's folder, and runs this path again on SIGUSR2.
     sys.argv[0] = str(Path(sys.argv[0]).resolve())
-    startup.exit_on(signal.SIGTERM, signal.SIGINT)  # with --preload, gunicorn starts PostgreSQL before its hooks run
+    startup.exit_on(*startup.STOP_SIGNALS)  # with --preload, gunicorn starts PostgreSQL before its hooks run
     try:
         sys.exit(wsgiapp.run(prog="gunicorn"))
     except (ImportError, OSError, OverflowError, RuntimeError, ValueError) as error:  # gunicorn lets some of them pass

@@ -16,7 +16,7 @@ OVERRIDDEN = {
     _GTHREAD: {
         *("__init__", "init_process", "init_signals", "run", "accept", "enqueue_req", "handle", "finish_request"),
         *("murder_pending", "_cap_keepalive", "check_config", "handle_request", "handle_error"),
-        *("handle_exit", "wait_for_and_dispatch_events"),
+        *("handle_exit", "handle_quit", "wait_for_and_dispatch_events"),
     },
     _RESPONSE: {"start_response", "write", "default_headers"},
     "gunicorn.arbiter:Arbiter": {"spawn_worker", "reexec", "stop"},

@@ -87,7 +87,7 @@ def on_starting(server: Any) -> None:
     _check(cfg := server.cfg)
     if _settings.local_only:
         _check_addresses(cfg)
-    startup.exit_on(signal.SIGTERM, signal.SIGINT)  # until gunicorn sets its own handlers
+    startup.exit_on(*startup.STOP_SIGNALS)  # until gunicorn sets its own handlers
     # After SIGUSR2, and if systemd activates the socket, gunicorn inherits its sockets.
     if not server.master_pid and not _systemd_sockets():
         for address in server.cfg.address:  # --bind takes precedence over HOST and PORT
@@ -181,15 +181,18 @@ def _fork_safely(server: Any) -> None:
 
 
 def _stop_without_resets(server: Any) -> None:
-    """Let the kernel ignore new connections before gunicorn closes the sockets, unless another service uses them."""
+    """Let the kernel ignore new connections before gunicorn closes the sockets, unless others use them afterwards."""
     stop = server.stop
+    inherits = any(isinstance(address, int) for address in server.cfg.address)  # --bind fd://3
 
     def begin_and_stop(*args: Any) -> None:
-        is_shared = server.systemd or _shares_its_port(server)
-        stopping.begin([] if is_shared else server.LISTENERS)
+        is_shared = inherits or server.systemd or _shares_its_port(server)
+        listeners = [*server.LISTENERS, *(port.listener for port in _metrics_ports)]
+        stopping.begin([] if is_shared else listeners)
         stop(*args)
 
     server.stop = begin_and_stop
+    stopping.announce()
 
 
 def _check(cfg: Any) -> None:
@@ -237,6 +240,7 @@ def on_reload(server: Any) -> None:
     """Log that a reload does not load new code. The new workers are forks of the master, which has the old code."""
     server.cfg.set("reload", False)
     _check(server.cfg)  # gunicorn has read its options again
+    stopping.replace(server.worker_age)
     log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
 
@@ -246,6 +250,12 @@ def post_worker_init(worker: Any) -> None:
         port.start()
     tokens.start_fetching()
     database.fill_pools(worker.cfg.threads)
+
+
+def on_exit(_server: Any) -> None:
+    """Ignore more signals to stop. One that arrives when Python has removed its handlers would kill the process."""
+    for number in startup.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def worker_exit(_server: Any, _worker: Any) -> None:

@@ -1,17 +1,20 @@
-"""How a stop refuses new connections without resetting any.
+"""How a stop refuses new connections instead of resetting them.
 
 The kernel completes the handshake of a connection before it is accepted. When the listening socket is closed, those
 that arrived after the last accept are reset. So a filter comes first: with it, the kernel ignores new attempts (SYN
-segments), and the workers accept all connections that began before. A client repeats its attempt after a second. Then
+segments), and the workers accept the connections that began before. A client repeats its attempt after a second. Then
 it is refused, or accepted by a service that has started meanwhile.
 """
 
 import ctypes
+import logging
 import mmap
 import socket
 import struct
 from collections.abc import Iterable
-from contextlib import suppress
+
+_HANDSHAKE_TIME = 0.05  # seconds for handshakes in progress; more than a round trip within a data centre
+_MASTER_TIME = 2.0  # seconds for the master to begin its stop, if the same signal was sent to it and to its workers
 
 _SO_ATTACH_FILTER = 26  # Python lacks this constant of Linux
 _TCP_FLAGS, _SYN = 13, 2  # the offset of the flags in a TCP header, and the flag of an attempt
@@ -26,18 +29,46 @@ _PROGRAM = (
 _instructions = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in _PROGRAM))
 _filter = struct.pack("@HP", len(_PROGRAM), ctypes.addressof(_instructions))  # a struct sock_fprog
 
-_flag = mmap.mmap(-1, 1)  # gunicorn's master sets it, and the workers, which are forked from the master, read it
+log = logging.getLogger(__name__)
+
+
+class _Shared(ctypes.Structure):
+    """What gunicorn's master tells the workers, which are forked from it."""
+
+    _fields_ = (("has_begun", ctypes.c_bool), ("last_replaced", ctypes.c_int))
+
+
+_shared = _Shared.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Shared)))
+_shared.last_replaced = 2**31 - 1  # all workers, unless the master announces its stop
+
+
+def announce() -> None:
+    """Tell the workers that the master will tell them when the service stops."""
+    _shared.last_replaced = 0
+
+
+def replace(age: int) -> None:
+    """Tell the workers up to this age that others replace them."""
+    _shared.last_replaced = age
 
 
 def begin(listeners: Iterable[socket.socket]) -> None:
     """Tell the workers that the service stops, and let the kernel ignore new connections to these sockets."""
     for listener in listeners:
         if listener.family != socket.AF_UNIX:  # gunicorn deletes the file of a Unix socket instead
-            with suppress(OSError):  # this kernel has no such filters, and a few connections may be reset
+            try:
                 listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _filter)
-    _flag[0] = 1
+            except OSError as error:
+                log.debug("a few connections may be reset, because the kernel cannot ignore them: %s", error)
+    _shared.has_begun = True
 
 
-def has_begun() -> bool:
-    """Return whether the service stops, and not only a worker of it."""
-    return bool(_flag[0])
+def accept_time(age: int) -> float:
+    """Return for how many seconds a worker of this age still accepts connections after a signal to stop.
+
+    If the service stops, no worker may close its sockets before the kernel ignores new connections: nobody would accept
+    those that arrive in between. gunicorn counts its workers; the age is the number of a worker.
+    """
+    if _shared.has_begun:
+        return _HANDSHAKE_TIME
+    return 0 if age <= _shared.last_replaced else _MASTER_TIME

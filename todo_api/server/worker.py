@@ -38,8 +38,6 @@ _RESPAWN_PAUSE = 1  # second
 _READ_TIMEOUT = 10.0  # seconds in which a client reads nothing of a response
 _KEPT_RESPONSES = 256 * 1024 * 1024  # bytes that clients have not read yet
 _KEPT_REQUESTS = 256 * 1024 * 1024  # bytes of unfinished requests
-_HANDSHAKE_TIME = 0.05  # seconds for handshakes in progress; more than a round trip within a data centre
-_MASTER_TIME = 2.0  # seconds for the master to begin its stop, if it was signalled at the same time
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _SOCKET_TIMEOUT = struct.pack("@ll", 10, 0)  # a struct timeval: seconds and microseconds
 
@@ -74,6 +72,7 @@ class Worker(ThreadWorker):
         self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
         self.sending: dict[Any, Any] = {}  # connections whose client reads slowly, with their results
         self.stop_at = inf  # when the worker stops to accept connections, by time.monotonic()
+        self.is_quitting = False
         self.request_deadline = inf  # an upper limit for the deadlines of all requests, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
         # Held while a thread adds an idle connection, so that none is added after the stop has begun.
@@ -116,14 +115,22 @@ class Worker(ThreadWorker):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def handle_exit(self, _number: int, _frame: Any) -> None:
-        """Stop on SIGTERM, but accept connections until the handshakes in progress have ended.
+        """Stop on SIGTERM, after a time in which the worker still accepts connections.
 
-        If the master stops too, no worker may close its sockets before the kernel ignores new connections: nobody would
-        accept those that arrive in between. Then the master sends another SIGTERM.
+        When the service stops, the master sends the signal, even if the worker has received one before.
         """
-        wait = _HANDSHAKE_TIME if stopping.has_begun() else _MASTER_TIME
-        self.stop_at = min(self.stop_at, time.monotonic() + wait)
-        self.method_queue.defer(lambda: None)  # wakes up the main loop
+        if self.alive:
+            self.stop_at = min(self.stop_at, time.monotonic() + stopping.accept_time(self.age))
+            self.method_queue.defer(lambda: None)  # wakes up the main loop
+
+    def handle_quit(self, number: int, frame: Any) -> None:
+        """Stop at once, on SIGINT or SIGQUIT.
+
+        Ctrl-C leads to both. The exception of a second one would interrupt the exit, and the worker would hang.
+        """
+        if not self.is_quitting:
+            self.is_quitting = True
+            super().handle_quit(number, frame)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         """Wait for connections that need the main loop, until the worker stops accepting them."""
@@ -183,10 +190,12 @@ class Worker(ThreadWorker):
         time.sleep(_ACCEPT_PAUSE)
 
     def _accept_all(self, listener: Any) -> None:
+        """Accept the connections that wait, even above the limit of connections: otherwise they would be reset."""
         before = -1
-        while before < self.nr_conns < self.worker_connections:
-            before = self.nr_conns
-            super().accept(listener)  # no pause, because another client could connect in it
+        with suppress(OSError):  # the limit of open files is reached
+            while before < self.nr_conns:
+                before = self.nr_conns
+                super().accept(listener)  # no pause, because another client could connect in it
 
     def enqueue_req(self, conn: Any) -> None:
         """Pass a connection to a thread once it has data. In gunicorn, a silent one occupies a thread for 5 s."""
