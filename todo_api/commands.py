@@ -74,11 +74,12 @@ def init_app(app: Flask, settings: config.Settings, version: str) -> None:
 
 @contextmanager
 def _ends_in_one_line() -> Iterator[None]:
-    """End the command with one line if the block fails, and normally on SIGHUP and SIGTERM.
+    """End the command with one line if the block fails, and normally on SIGHUP, SIGQUIT and SIGTERM.
 
     A normal exit stops the embedded server.
     """
-    startup.exit_on(signal.SIGHUP, signal.SIGTERM, status=lambda number: 128 + number)  # as shells do
+    numbers = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
+    startup.exit_on(*numbers, status=lambda number: 128 + number)  # as shells do
     try:
         yield
     except (config.StartError, database.UnavailableError) as error:

@@ -1,5 +1,6 @@
 """Prepares the settings and the database for the first request: a running PostgreSQL with its migrations applied."""
 
+import atexit
 import fcntl
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 from todo_api import config, database, embedded, logs, tokens
 from todo_api.config import Settings, StartError
+from todo_api.embedded import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +55,12 @@ def exit_on(*numbers: int, status: Callable[[int], int] = lambda _: 0) -> None:
     """
 
     def end(number: int, _frame: object) -> None:
+        is_first = not _signals  # first of all, because another signal may interrupt this function
         _signals.append(number)
-        for later in numbers:
-            signal.signal(later, signal.SIG_IGN)
-        if len(_signals) == 1:
+        if is_first:
             sys.exit(status(number))
+
+    atexit.register(stop_signals.ignore)  # Python removes the handlers before the process has ended
 
     for number in numbers:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -238,8 +241,9 @@ def prepare_or_fail(settings: Settings) -> None:
     If the database cannot be reached now, log that and return: the pool prepares it later. Processes that are forked
     after that return at once.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        exit_on(signal.SIGTERM)  # another server, or gunicorn with --preload; PostgreSQL would be left running
+    is_unhandled = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # another server, or gunicorn with --preload
+    if not settings.database_url and is_unhandled and threading.current_thread() is threading.main_thread():
+        exit_on(signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)  # otherwise they would leave PostgreSQL running
     if settings.database_url in _unreachable:
         return  # gunicorn's master has waited and has logged it; its workers need not wait again
     try:

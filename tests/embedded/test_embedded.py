@@ -254,7 +254,7 @@ GUNICORN = [sys.executable, "-m", "gunicorn", "-c", "python:todo_api.server.guni
         ([*WSGI, "--preload"], signal.SIGTERM),
         ([*WSGI, "--preload"], signal.SIGINT),
         (GUNICORN, signal.SIGTERM),
-        ([*GUNICORN, "--preload"], signal.SIGTERM),
+        *(([*GUNICORN, "--preload"], number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else value.name,
 )

@@ -72,16 +72,25 @@ class Container:
         except httpx.TransportError:
             return False
 
+    def wait(self) -> None:
+        """Wait until the service can reach its database. If that takes too long, show the container."""
+        try:
+            wait_until(self.is_ready)
+        except AssertionError as error:
+            found = self.engine.call("docker inspect --format '{{json .State}}' todo_api; docker logs todo_api")
+            error.add_note(found.stdout + found.stderr)
+            raise
+
     def create(self) -> str:
         """Create a task when the service is ready, and return its path."""
-        wait_until(self.is_ready)
+        self.wait()
         response = self.client.post("/api/tasks", json={"title": "Buy milk"})
         assert response.status_code == httpx.codes.CREATED, response.text
         return str(response.headers["Location"])
 
     def has(self, path: str) -> bool:
         """Return whether there is a task, when the service is ready."""
-        wait_until(self.is_ready)
+        self.wait()
         return self.client.get(path).status_code == httpx.codes.OK
 
     def inside(self, script: str) -> str:

@@ -187,12 +187,11 @@ def _stop_without_resets(server: Any) -> None:
 
     def begin_and_stop(*args: Any) -> None:
         is_shared = inherits or server.systemd or _shares_its_port(server)
-        listeners = [*server.LISTENERS, *(port.listener for port in _metrics_ports)]
-        stopping.begin([] if is_shared else listeners)
+        stopping.begin([] if is_shared else server.LISTENERS)
         stop(*args)
 
     server.stop = begin_and_stop
-    stopping.announce()
+    stopping.prepare()
 
 
 def _check(cfg: Any) -> None:
@@ -240,7 +239,7 @@ def on_reload(server: Any) -> None:
     """Log that a reload does not load new code. The new workers are forks of the master, which has the old code."""
     server.cfg.set("reload", False)
     _check(server.cfg)  # gunicorn has read its options again
-    stopping.replace(server.worker_age)
+    stopping.replace_workers(server.worker_age)
     log.warning("SIGHUP replaces the workers: new code, SQL and migrations need a restart or SIGUSR2")
 
 
@@ -250,12 +249,6 @@ def post_worker_init(worker: Any) -> None:
         port.start()
     tokens.start_fetching()
     database.fill_pools(worker.cfg.threads)
-
-
-def on_exit(_server: Any) -> None:
-    """Ignore more signals to stop. One that arrives when Python has removed its handlers would kill the process."""
-    for number in startup.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def worker_exit(_server: Any, _worker: Any) -> None:

@@ -35,21 +35,23 @@ log = logging.getLogger(__name__)
 class _Shared(ctypes.Structure):
     """What gunicorn's master tells the workers, which are forked from it."""
 
-    _fields_ = (("has_begun", ctypes.c_bool), ("last_replaced", ctypes.c_int))
+    # Workers up to an age close their sockets at once after a signal to stop. gunicorn counts the workers that it
+    # starts; the age of a worker is its number.
+    _fields_ = (("has_begun", ctypes.c_bool), ("greatest_age_to_close_at_once", ctypes.c_int))
 
 
 _shared = _Shared.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Shared)))
-_shared.last_replaced = 2**31 - 1  # all workers, unless the master announces its stop
+_shared.greatest_age_to_close_at_once = 2**31 - 1
 
 
-def announce() -> None:
-    """Tell the workers that the master will tell them when the service stops."""
-    _shared.last_replaced = 0
+def prepare() -> None:
+    """Let workers that get a signal to stop wait until the master calls ``begin``."""
+    _shared.greatest_age_to_close_at_once = 0
 
 
-def replace(age: int) -> None:
-    """Tell the workers up to this age that others replace them."""
-    _shared.last_replaced = age
+def replace_workers(greatest_age: int) -> None:
+    """Let the workers up to an age close their sockets at once, because others will accept the connections."""
+    _shared.greatest_age_to_close_at_once = greatest_age
 
 
 def begin(listeners: Iterable[socket.socket]) -> None:
@@ -63,12 +65,17 @@ def begin(listeners: Iterable[socket.socket]) -> None:
     _shared.has_begun = True
 
 
+def has_begun() -> bool:
+    """Return whether the service stops, and not only a worker of it."""
+    return bool(_shared.has_begun)
+
+
 def accept_time(age: int) -> float:
     """Return for how many seconds a worker of this age still accepts connections after a signal to stop.
 
     If the service stops, no worker may close its sockets before the kernel ignores new connections: nobody would accept
-    those that arrive in between. gunicorn counts its workers; the age is the number of a worker.
+    those that arrive in between.
     """
     if _shared.has_begun:
         return _HANDSHAKE_TIME
-    return 0 if age <= _shared.last_replaced else _MASTER_TIME
+    return 0 if age <= _shared.greatest_age_to_close_at_once else _MASTER_TIME

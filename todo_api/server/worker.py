@@ -117,7 +117,7 @@ class Worker(ThreadWorker):
     def handle_exit(self, _number: int, _frame: Any) -> None:
         """Stop on SIGTERM, after a time in which the worker still accepts connections.
 
-        When the service stops, the master sends the signal, even if the worker has received one before.
+        If the service stops, another SIGTERM comes from the master, and shortens this time.
         """
         if self.alive:
             self.stop_at = min(self.stop_at, time.monotonic() + stopping.accept_time(self.age))
@@ -190,10 +190,11 @@ class Worker(ThreadWorker):
         time.sleep(_ACCEPT_PAUSE)
 
     def _accept_all(self, listener: Any) -> None:
-        """Accept the connections that wait, even above the limit of connections: otherwise they would be reset."""
+        """Accept the connections that wait. If the service stops, no other worker does, and no limit counts."""
         before = -1
+        most = inf if stopping.has_begun() else self.worker_connections
         with suppress(OSError):  # the limit of open files is reached
-            while before < self.nr_conns:
+            while before < self.nr_conns < most:
                 before = self.nr_conns
                 super().accept(listener)  # no pause, because another client could connect in it
 
