@@ -33,7 +33,7 @@ from tests.support.embedded import (
 )
 from tests.support.environment import ROOT
 from tests.support.fixtures import Start
-from tests.support.processes import postmaster_in, servers_in, wait_until
+from tests.support.processes import has_ended, postmaster_in, servers_in, wait_until
 from tests.support.service import Service
 from todo_api.config import StartError
 from todo_api.embedded import cluster
@@ -380,6 +380,16 @@ def test_a_manually_started_server_is_used_and_its_socket_folder_is_kept(
         assert [file.name for file in sockets.iterdir()] == ["precious"]
     finally:
         shutil.rmtree(sockets)
+
+
+def test_a_killed_server_that_its_parent_has_not_reaped_yet_is_replaced(
+    tmp_path: Path, data_dir: Path, start: Start
+) -> None:
+    killed = launch_by_hand(data_dir / "postgres", data_dir / "postgres")
+    os.kill(killed.pid, signal.SIGKILL)
+    wait_until(lambda: has_ended(psutil.Process(killed.pid)) and servers_in(tmp_path) == [])
+    create_task(start(DATA_DIR=data_dir).wait())
+    killed.wait()
 
 
 def test_a_stop_after_the_folder_was_deleted_leaves_no_process(tmp_path: Path, data_dir: Path, start: Start) -> None:

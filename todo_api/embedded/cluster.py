@@ -248,15 +248,17 @@ def postmasters(cluster: Path, lock: locks.ServerLock) -> list[psutil.Process]:
 
     The server's lock names the postmaster. A server that was started by hand holds no such lock, and is found by its
     working directory, because the process id in postmaster.pid may belong to another process. Root in a container may
-    not see this directory: then the time of the start must be the one in postmaster.pid.
+    not see this directory: then the time of the start must be the one in postmaster.pid. Nobody sees the directory of a
+    process that has ended, and that its parent has not reaped yet.
     """
     if postmaster := lock.postmaster():
         return [postmaster]
     recorded = _recorded_start(cluster)
     servers = {
         process.pid: process
-        for process in psutil.process_iter(["name", "cwd", "ppid", "create_time"])
+        for process in psutil.process_iter(["name", "status", "cwd", "ppid", "create_time"])
         if process.info["name"] == "postgres"
+        and process.info["status"] != psutil.STATUS_ZOMBIE
         and (process.info["cwd"] == str(cluster) if process.info["cwd"] else _is_start_of(process, *recorded))
     }
     return [process for process in servers.values() if process.info["ppid"] not in servers]
