@@ -259,7 +259,9 @@ def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
         with stop_signals.received():
             lock = locks.take(data_dir / "users.lock", fcntl.LOCK_SH)
         _users[setting] = lock
-        for _ in range(2):  # a signal may interrupt the first call before it ignores signals
+        for _ in range(
+            2
+        ):  # a signal may interrupt the first call before it ignores signals; otherwise the second returns
             atexit.register(_leave, setting)
     if setting in _servers and not _servers[setting].is_of(data_dir):  # a copy has replaced the folder
         _abandon(setting)
@@ -292,6 +294,7 @@ def _leave(setting: Path) -> None:
             _stop_if_last(setting, data_dir / "postgres")
     except (OSError, StartError) as error:
         log.warning("the PostgreSQL in %s is not stopped: %s", data_dir, error)
+        _users.pop(setting, None)  # the second call would wait again
 
 
 def _stop_if_last(setting: Path, cluster: Path) -> None:
