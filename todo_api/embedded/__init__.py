@@ -259,9 +259,9 @@ def _join(setting: Path, data_dir: Path) -> locks.ServerLock:
         with stop_signals.received():
             lock = locks.take(data_dir / "users.lock", fcntl.LOCK_SH)
         _users[setting] = lock
-        for _ in range(
-            2
-        ):  # a signal may interrupt the first call before it ignores signals; otherwise the second returns
+        # Twice, because a signal may interrupt the first call before it ignores signals. If none does, the second one
+        # returns at once.
+        for _ in range(2):
             atexit.register(_leave, setting)
     if setting in _servers and not _servers[setting].is_of(data_dir):  # a copy has replaced the folder
         _abandon(setting)
