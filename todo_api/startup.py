@@ -29,7 +29,7 @@ _MIGRATE_TIMEOUT = 30
 # If a worker exits with this status, gunicorn's master exits too, instead of starting workers forever.
 _FAILED = 3
 
-STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+STOP_SIGNALS = stop_signals.SIGNALS
 
 _locks: dict[str, threading.Lock] = {}  # by DATABASE_URL or DATA_DIR: a database that hangs does not delay others
 # A forked process inherits these. So gunicorn's workers know what the master has done.
@@ -243,7 +243,8 @@ def prepare_or_fail(settings: Settings) -> None:
     """
     is_unhandled = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # another server, or gunicorn with --preload
     if not settings.database_url and is_unhandled and threading.current_thread() is threading.main_thread():
-        exit_on(signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)  # otherwise they would leave PostgreSQL running
+        # They would leave PostgreSQL running. SIGINT does not, because Python raises KeyboardInterrupt.
+        exit_on(signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
     if settings.database_url in _unreachable:
         return  # gunicorn's master has waited and has logged it; its workers need not wait again
     try:

@@ -269,6 +269,18 @@ def test_a_stop_during_the_start_leaves_no_process(
     assert "Traceback" not in service.log()
 
 
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]], ids=str)
+def test_repeated_signals_during_the_start_leave_no_process(
+    numbers: list[signal.Signals], tmp_path: Path, data_dir: Path, start: Start
+) -> None:
+    (data_dir / "postgres.log").unlink()
+    service = start(DATA_DIR=data_dir)
+    wait_until((data_dir / "postgres.log").exists)
+    assert service.stop_repeatedly(*numbers) == 0
+    assert servers_in(tmp_path) == []
+    assert "Traceback" not in service.log()
+
+
 def test_a_start_under_nohup_survives_sighup(data_dir: Path, start: Start) -> None:
     (data_dir / "postgres.log").unlink()
     service = start(DATA_DIR=data_dir, prefix=["nohup"])

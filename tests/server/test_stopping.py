@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -292,25 +291,13 @@ def test_ctrl_c_under_load_exits_with_0_and_loses_no_acknowledged_write(
     assert "SIGKILL" not in service.log()  # a worker that hangs is killed after 10 s
 
 
-@pytest.mark.parametrize("moment", ["during the start", "while it serves"])
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGINT]], ids=str)
 def test_repeated_signals_to_stop_do_not_change_the_status(
-    numbers: list[signal.Signals], moment: str, start: Start, postgres: Postgres
+    numbers: list[signal.Signals], start: Start, postgres: Postgres
 ) -> None:
-    service = start(DATABASE_URL=as_url(postgres.conninfo))
-    wait_until(lambda: service.answers() if moment == "while it serves" else catches_sigterm(service.process.pid))
-    while service.process.poll() is None:
-        for number in numbers:
-            service.process.send_signal(number)
-        time.sleep(0.003)
-    assert service.process.returncode == 0
+    service = start(DATABASE_URL=as_url(postgres.conninfo)).wait()
+    assert service.stop_repeatedly(*numbers) == 0
     assert "Traceback" not in service.log()
-
-
-def catches_sigterm(pid: int) -> bool:
-    """Return whether a process has a handler for SIGTERM. Those for other signals are set before."""
-    [mask] = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
-    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def reload(service: Service) -> None:

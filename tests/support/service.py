@@ -88,6 +88,17 @@ class Service:
             self.process.send_signal(signal_number)
         return self.process.wait(timeout=120)
 
+    def stop_repeatedly(self, *numbers: int) -> int:
+        """Send signals to the master again and again until it has ended, and return its exit status."""
+        self.client.close()
+        deadline = time.monotonic() + 120
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, "timed out"
+            for number in numbers:
+                self.process.send_signal(number)
+            time.sleep(0.003)
+        return self.process.wait()
+
     def kill(self) -> None:
         """Kill the process group with SIGKILL: the master and its workers."""
         self.client.close()

@@ -184,11 +184,15 @@ def launch(cluster: Path, folder: Path, programs: Programs, connections: int = 1
 
 def is_stopping(cluster: Path) -> bool:
     """Return whether the server shuts down, as postmaster.pid says."""
+    return _pid_file(cluster)[7:8] == [b"stopping"]
+
+
+def _pid_file(cluster: Path) -> list[bytes]:
+    """Return the lines of postmaster.pid, or none if it cannot be read."""
     try:
-        lines = (cluster / "postmaster.pid").read_bytes().split(b"\n")
+        return (cluster / "postmaster.pid").read_bytes().split(b"\n")
     except OSError:
-        return False
-    return lines[7:8] == [b"stopping"]
+        return []
 
 
 def interrupt(found: list[psutil.Process]) -> bool:
@@ -267,9 +271,9 @@ def postmasters(cluster: Path, lock: locks.ServerLock) -> list[psutil.Process]:
 def _recorded_start(cluster: Path) -> tuple[int, int]:
     """Return the postmaster's process id and the time of its start in seconds, from postmaster.pid, or zeros."""
     try:
-        lines = (cluster / "postmaster.pid").read_bytes().split(b"\n")
-        return int(lines[0]), int(lines[2])
-    except (OSError, ValueError, IndexError):
+        pid, _, seconds, *_ = _pid_file(cluster)
+        return int(pid), int(seconds)
+    except ValueError:  # a short file, or a line that is no number
         return 0, 0
 
 

@@ -7,13 +7,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
     """Receive the signals at the end of a block, or in a block of ``received`` within it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -25,7 +25,7 @@ def received() -> Iterator[None]:
     """Receive the signals during a block, and those that were deferred at its begin."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -36,7 +36,7 @@ def ignore() -> None:
     done = False
     while not done:
         with suppress(SystemExit, KeyboardInterrupt):  # of a signal that has just arrived
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            for number in _SIGNALS:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             done = True

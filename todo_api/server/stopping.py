@@ -41,7 +41,7 @@ class _Shared(ctypes.Structure):
 
 
 _shared = _Shared.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Shared)))
-_shared.greatest_age_to_close_at_once = 2**31 - 1
+_shared.greatest_age_to_close_at_once = 2**31 - 1  # any age: other settings of gunicorn do not call prepare()
 
 
 def prepare() -> None:

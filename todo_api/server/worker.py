@@ -71,7 +71,7 @@ class Worker(ThreadWorker):
         self.ready_connections: SimpleQueue[Any] = SimpleQueue()  # connections with a request; None ends a thread
         self.unfinished: set[Any] = set()  # connections in the poller that have sent a part of a request
         self.sending: dict[Any, Any] = {}  # connections whose client reads slowly, with their results
-        self.stop_at = inf  # when the worker stops to accept connections, by time.monotonic()
+        self.stop_at = inf  # when the worker stops accepting connections, by time.monotonic()
         self.is_quitting = False
         self.request_deadline = inf  # an upper limit for the deadlines of all requests, once the worker stops
         self.next_check = 0.0  # of the deadlines of requests
